@@ -1,0 +1,110 @@
+"""Checks on the DeepSpeed JSON that DeepSpeed itself leaves out."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from padd_ds.config.load import nearest
+from padd_ds.config.schema import RunConfig
+from padd_ds.errors import UserError
+
+OWNED_BY_RUN_YAML = {
+    "train_batch_size": "warmup.batch_size or rollout.prompts",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "optimizer": "optimizer.*",
+    "scheduler": "optimizer.schedule",
+    "steps_per_print": "log.every_steps",
+    "tensorboard": "log.tensorboard",
+}
+"""Keys that must not stand in the JSON, and the run option that sets each."""
+
+TOP_LEVEL_KEYS = frozenset(
+    """activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type
+    compression_training csv_monitor data_efficiency data_types disable_allgather dump_state elasticity eigenvalue
+    expert_parallel flops_profiler fp16 gradient_clipping gradient_predivide_factor memory_breakdown
+    prescale_gradients seq_parallel_communication_data_type sparse_gradients tensor_parallel timers torch_autocast
+    use_data_before_expert_parallel_parallelism wall_clock_breakdown zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization""".split()
+)
+
+EXPERT_PARALLEL_KEYS = frozenset(
+    """enabled autoep_size preset_model moe_layer_pattern expert_pattern router_pattern use_grouped_mm
+    disable_triton_grouped_mm route_norm route_scale score_apply combine_impl row_weighting_impl gate_up_impl
+    comm_backend comm_num_sm comm_qp_margin comm_max_tokens_per_rank num_expert_groups num_limited_groups score_func
+    top_k routed_scaling_factor expert_w1 expert_w2 expert_w3 num_experts_attr top_k_attr has_shared_experts
+    shared_experts_pattern shared_experts_gate_pattern expert_activation async_split_plan
+    expert_tensor_parallel_size validate_folding_routing""".split()
+)
+"""DeepSpeed reads this section key by key and ignores the rest in silence."""
+
+SUPPORTED_ZERO_STAGES = (0, 1, 2)
+
+
+def load_deepspeed_json(path: Path) -> dict[str, Any]:
+    """The JSON at `path`; UserError on unknown keys, "auto", or what the run YAML owns."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the run's option deepspeed names a JSON, for example one of ds_configs/")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must hold a mapping, found {type(tree).__name__}")
+    for key, option in OWNED_BY_RUN_YAML.items():
+        if key in tree:
+            raise UserError(f"{path}: {key} is set by the run configuration ({option}); take it out of the JSON")
+    _refuse_unknown(path, tree, TOP_LEVEL_KEYS, "")
+    _refuse_unknown(path, tree.get("expert_parallel", {}), EXPERT_PARALLEL_KEYS, "expert_parallel.")
+    _refuse_auto(path, tree, "")
+    return tree
+
+
+def check_parallelism(path: Path, tree: Mapping[str, Any], world_size: int, n_experts: int) -> int:
+    """The expert-parallel size; UserError where ranks, experts and sizes do not fit."""
+    stage = tree.get("zero_optimization", {}).get("stage", 0)
+    if stage not in SUPPORTED_ZERO_STAGES:
+        allowed = ", ".join(map(str, SUPPORTED_ZERO_STAGES))
+        raise UserError(f"{path}: zero_optimization.stage {stage} is not supported yet; use one of {allowed}")
+    expert_parallel = tree.get("expert_parallel", {})
+    if not expert_parallel.get("enabled", False):
+        raise UserError(f'{path}: expert_parallel is missing; add {{"enabled": true, "autoep_size": 1}} or more')
+    size = expert_parallel.get("autoep_size", 1)
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"{path}: expert_parallel.autoep_size = {size!r} must be a positive integer")
+    if world_size % size:
+        raise UserError(f"{path}: {world_size} ranks cannot be split into groups of autoep_size {size}; change either")
+    if n_experts % size:
+        raise UserError(f"{path}: {n_experts} routed experts cannot be split over autoep_size {size} ranks")
+    return size
+
+
+def check_batches(config: RunConfig, world_size: int) -> None:
+    """UserError where a global batch cannot be dealt out evenly to the ranks."""
+    if config.stage == "warmup" and config.warmup.batch_size % world_size:
+        raise UserError(f"warmup.batch_size {config.warmup.batch_size} is not divisible by {world_size} ranks")
+    if config.stage == "joint" and config.rollout.prompts % world_size:
+        raise UserError(f"rollout.prompts {config.rollout.prompts} is not divisible by {world_size} ranks")
+    responses = config.rollout.prompts * config.rollout.group_size // world_size
+    if config.stage == "joint" and responses % config.policy.updates_per_rollout:
+        raise UserError(
+            f"policy.updates_per_rollout {config.policy.updates_per_rollout} does not divide the {responses} responses "
+            "of a rank (rollout.prompts * rollout.group_size / ranks)"
+        )
+
+
+def _refuse_unknown(path: Path, tree: Any, known: frozenset[str], prefix: str) -> None:
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: {prefix.rstrip('.')} must be a mapping, found {tree!r}")
+    for key in tree:
+        if key not in known:
+            raise UserError(f"{path}: unknown key {prefix}{key}{nearest(key, set(known))}")
+
+
+def _refuse_auto(path: Path, node: Any, prefix: str) -> None:
+    if node == "auto":
+        raise UserError(f'{path}: {prefix} is "auto", which nothing fills in here; write the value')
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_auto(path, value, f"{prefix}.{key}" if prefix else key)

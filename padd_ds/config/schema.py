@@ -1,0 +1,285 @@
+"""Every option of a training run.
+
+Frozen dataclasses, validated by pydantic when they are made: unknown keys, wrong types and values
+out of range are errors. A field's docstring gives its unit, its range and the equation it comes from.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=False)
+section = dataclass(frozen=True, kw_only=True, config=_STRICT)
+
+
+@section
+class ModelConfig:
+    student: str
+    """The MoE student: a folder written by padd-convert or padd-export."""
+    teacher: str | None = None
+    """The dense teacher: a Hugging Face folder or hub id. Needed wherever a distillation weight is above 0."""
+    targets: str | None = None
+    """Folder with padd_targets.safetensors; default: the student's own folder."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a checkpoint. Only for sources that you trust."""
+
+
+@section
+class FieldsConfig:
+    question: str = "question"
+    """Column that holds the question."""
+    answer: str = "answer"
+    """Column that holds the gold answer."""
+    solution: str | None = None
+    """Column that holds a worked solution; without one the answer is the supervised target."""
+    subject: str | None = None
+    """Column that labels the subdomain, for routing analysis."""
+
+
+@section
+class DataConfig:
+    source: str
+    """JSONL, JSON or parquet file, a folder of them, or a hub dataset name."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    fields: FieldsConfig = Field(default_factory=FieldsConfig)
+    """Which columns hold what."""
+    gold_format: Literal["plain", "gsm8k", "boxed"] = "plain"
+    """How the gold answer stands in its column: as it is, after `####`, or in the last \\boxed{}."""
+    part: Literal["A", "B", "C", "D", "all"] | None = None
+    """Part of the hash split to train on; default: B for the warm-up, C for joint training."""
+    part_fractions: dict[str, Fraction] = Field(default_factory=lambda: {"A": 0.10, "B": 0.20, "C": 0.65, "D": 0.05})
+    """Shares of the parts A (statistics), B (warm-up), C (joint), D (held-out); they add up to 1."""
+    benchmarks: list[str] = Field(default_factory=list)
+    """Files whose questions must not be trained on: matches are dropped, counted and listed."""
+    benchmark_field: str = "question"
+    """Column of the benchmark files that holds the question."""
+    template: str = "plain"
+    """Name of a prompt template (plain, boxed, qa, chat, chat-boxed), or a text with {question} in it."""
+    chat: bool = False
+    """Wrap a text template as a user's turn in the tokenizer's chat template."""
+    target: str = "{solution}"
+    """Supervised target of the warm-up; {solution} and {answer} are filled in."""
+    max_prompt_tokens: Count = 512
+    """Longer prompts are dropped, counted and named in the log."""
+    max_target_tokens: Count = 512
+    """Longer supervised targets are cut there, and counted."""
+
+    @model_validator(mode="after")
+    def _fractions_add_up(self) -> "DataConfig":
+        if set(self.part_fractions) != set("ABCD") or abs(sum(self.part_fractions.values()) - 1) > 1e-6:
+            raise ValueError("part_fractions needs the keys A, B, C, D, and they must add up to 1")
+        return self
+
+
+@section
+class OptimizerConfig:
+    learning_rate: Positive
+    """Peak learning rate of AdamW. PADD: 2e-5 for the warm-up, 1e-6 for joint training."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay. PADD: 0.01."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up steps; linear and cosine fall to 0 at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps over which the learning rate rises from 0."""
+
+
+@section
+class WarmupConfig:
+    """Stage I b: only the experts learn, from text, the teacher and the clusters."""
+
+    batch_size: Count = 32
+    """Sequences per optimiser step, over all ranks."""
+    kd_weight: NonNegative = 0.5
+    """alpha: weight of KL(teacher || student) over the next token."""
+    init_weight: NonNegative = 0.1
+    """beta: weight of L_init, the divergence of expert activity from the clusters' p_T."""
+    init_tokens: Count = 256
+    """Tokens per rank, layer and micro-batch on which every expert's activity is measured for L_init."""
+    routing: Literal["routed", "sample", "dense"] = "routed"
+    """Choice: `routed` lets the frozen router choose; `sample` (the paper's) draws K experts per token
+    uniformly; `dense` applies all experts with equal weight."""
+    train_shared_experts: bool = True
+    """Choice: the always-active experts learn too."""
+    teacher_top_k: Count | None = None
+    """Keep only the teacher's k most likely tokens and one bucket for the rest; default: all."""
+
+
+@section
+class RolloutConfig:
+    prompts: Count = 16
+    """Prompts per rollout, over all ranks. PADD: 16."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """G: responses per prompt. PADD: 8."""
+    max_new_tokens: Count = 512
+    """Longest response; a longer one is cut and counted as truncated."""
+    temperature: Positive = 1.0
+    """Sampling temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling mass; below 1 the sampling distribution is not the trained one."""
+    share_prefill: bool = True
+    """Run each prompt once and copy its cache to the G samples."""
+    prompts_per_batch: Count | None = None
+    """Prompts whose groups are generated together on one rank; default: all of the rank's."""
+
+
+@section
+class RewardConfig:
+    answer_format: str = "auto"
+    """Where the answer stands in a response: auto, boxed, hash, last_number, first_line, pattern."""
+    answer_pattern: str | None = None
+    """Regular expression with one group that finds the answer; with answer_format pattern."""
+    format_pattern: str | None = None
+    """Regular expression that a well-formed response matches; default: an answer was found."""
+    correct_weight: NonNegative = 1.0
+    """Reward of a verified answer."""
+    format_weight: NonNegative = 0.1
+    """Reward of a well-formed response that ended by itself."""
+    workers: Count = 1
+    """Processes per rank that check answers."""
+    timeout_s: Positive = 5.0
+    """Seconds that one answer may take to check; then it counts as wrong."""
+
+
+@section
+class DistillationConfig:
+    """Stage II: online adaptive distillation on the student's own responses."""
+
+    weight: NonNegative = 0.5
+    """w_kd. 0 switches the teacher off."""
+    direction: Literal["forward", "reverse", "jsd"] = "forward"
+    """Choice: KL(teacher || student), KL(student || teacher), or Jensen-Shannon."""
+    temperature_rule: Literal["confident", "literal", "fixed"] = "confident"
+    """Choice: Phi(A) = 1 - tanh(kappa A), as the paper says in words; 1 + tanh(kappa A), as it prints; or 1."""
+    temperature: Positive = 1.0
+    """tau, the base temperature of the teacher."""
+    temperature_slope: NonNegative = 0.5
+    """kappa: how much the advantage bends the temperature."""
+    temperature_floor: Positive = 0.25
+    """Choice: Phi does not fall below this."""
+    teacher_top_k: Count | None = None
+    """Keep only the teacher's k most likely tokens and one bucket for the rest; default: all."""
+
+
+@section
+class PolicyConfig:
+    """Stage III: path-refined policy optimisation."""
+
+    objective: Literal["pr_grpo", "grpo"] = "pr_grpo"
+    """PR-GRPO, or plain GRPO."""
+    updates_per_rollout: Annotated[int, Field(ge=1)] = 4
+    """Optimiser steps per rollout, each on its own share of the responses. With 1, PR-GRPO equals GRPO."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """epsilon below 1."""
+    clip_high: Positive = 0.2
+    """epsilon above 1."""
+    shift_penalty: NonNegative = 0.1
+    """lambda: how strongly a router shift discounts the ratio of a bad response."""
+    shift_measure: Literal["absolute", "relative", "selected"] = "absolute"
+    """Choice: ||g - g_old||, the same divided by ||g_old||, or |log g - log g_old| over the chosen experts."""
+    weight: NonNegative = 1.0
+    """Weight of the policy loss beside the distillation loss."""
+
+
+@section
+class BalanceConfig:
+    """Stage IV: reward-augmented load balancing."""
+
+    enabled: bool = True
+    """Off: the selection bias stays as it is."""
+    load_rate: NonNegative = 0.01
+    """eta: step of the load term, in units of the layer's spread of router scores."""
+    reward_rate: NonNegative = 0.05
+    """gamma: weight of the advantage term, in the same units."""
+    ema_weight: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """lam: weight of the newest advantage in the moving average."""
+    sign: Literal["corrective", "literal"] = "corrective"
+    """Choice: push down an overloaded expert (as the text says), or push it up (as printed)."""
+    reward_bias: Literal["offset", "integrated"] = "offset"
+    """Choice: bias = integrated load + gamma * EMA, or both integrated (as printed)."""
+    centred: bool = True
+    """Choice: subtract the mean over experts from the advantage term."""
+    clamp: Positive | None = 2.0
+    """Choice: largest bias, in units of the spread of router scores; null: no limit (as printed)."""
+    scale_by_spread: bool = True
+    """Choice: measure eta, gamma and the clamp in spreads of router scores; off: in raw scores (as printed)."""
+    target: Literal["selection", "logit"] = "selection"
+    """Choice: add the bias to the scores that select (it survives export), or to the logits (as printed)."""
+
+
+@section
+class RoutingConfig:
+    noise: NonNegative = 0.0
+    """Standard deviation of normal noise on the selection while training, in spreads of the router's scores."""
+    train_router: bool = True
+    """Whether joint training changes the router."""
+
+
+@section
+class CheckpointConfig:
+    every_steps: Count = 100
+    """Steps between checkpoints; the last step always leaves one."""
+    keep: Count = 2
+    """Newest checkpoints that stay on disk."""
+
+
+@section
+class LogConfig:
+    every_steps: Count = 1
+    """Steps between lines of metrics.jsonl and tensorboard."""
+    routing_every_steps: Count = 10
+    """Steps between lines of routing/routing.jsonl (per layer and expert)."""
+    tensorboard: bool = True
+    """Write tensorboard event files."""
+
+
+@section
+class RunConfig:
+    """One training run."""
+
+    stage: Literal["warmup", "joint"]
+    """Which stage to train."""
+    run_dir: str
+    """Folder that the run leaves; it must not exist, unless --resume."""
+    deepspeed: str
+    """DeepSpeed JSON: ZeRO stage, expert parallelism, precision, gradient clipping."""
+    steps: Count
+    """Warm-up: optimiser steps (PADD: 1000). Joint: rollouts (PADD: 600)."""
+    micro_batch_size: Count = 4
+    """Sequences that one rank runs at a time in training."""
+    scoring_batch_size: Count = 16
+    """Sequences that one rank runs at a time where no gradient is needed."""
+    seed: int = 0
+    """Everything random follows from it."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    warmup: WarmupConfig = Field(default_factory=WarmupConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    distillation: DistillationConfig = Field(default_factory=DistillationConfig)
+    policy: PolicyConfig = Field(default_factory=PolicyConfig)
+    balance: BalanceConfig = Field(default_factory=BalanceConfig)
+    routing: RoutingConfig = Field(default_factory=RoutingConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    @model_validator(mode="after")
+    def _teacher_where_needed(self) -> "RunConfig":
+        weight = self.warmup.kd_weight if self.stage == "warmup" else self.distillation.weight
+        key = "warmup.kd_weight" if self.stage == "warmup" else "distillation.weight"
+        if weight > 0 and self.model.teacher is None:
+            raise ValueError(f"{key} is {weight}, so model.teacher is needed; give it, or set {key}=0")
+        return self
+
+    @property
+    def data_part(self) -> str:
+        """The part of the hash split that this stage trains on."""
+        return self.data.part or {"warmup": "B", "joint": "C"}[self.stage]

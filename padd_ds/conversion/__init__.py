@@ -1,0 +1,1 @@
+"""Dense checkpoint to MoE checkpoint."""

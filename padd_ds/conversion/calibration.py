@@ -1,0 +1,96 @@
+"""Calibration data: a text or JSONL file becomes the inputs that each FFN of the teacher sees.
+
+Shapes: W windows, T tokens of a window, S = W * T tokens, D model width.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from padd_ds.errors import UserError
+
+WINDOW = 256
+WINDOWS_PER_BATCH = 8
+TEXT_BLOCK_CHARACTERS = 1 << 14
+
+
+def read_texts(path: Path, field: str) -> Iterator[str]:
+    """Pieces of text of a file, in its order.
+
+    A name ending in .jsonl is read as one JSON object per line: the values of `field` (several
+    names separated by commas are joined by newlines). Any other file is plain text.
+    """
+    try:
+        yield from _read_jsonl(path, field.split(",")) if path.suffix == ".jsonl" else _read_text(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it to UTF-8") from error
+
+
+def _read_jsonl(path: Path, fields: list[str]) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error}); give one object per line") from error
+            missing = [name for name in fields if not isinstance(record, dict) or name not in record]
+            if missing:
+                present = ", ".join(record) if isinstance(record, dict) else "no object"
+                raise UserError(
+                    f"{path}, line {number}: no field {missing[0]} (there: {present}); pass --calibration-field"
+                )
+            yield "\n".join(str(record[name]) for name in fields)
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        while lines := file.readlines(TEXT_BLOCK_CHARACTERS):
+            yield "".join(lines)
+
+
+def token_windows(path: Path, field: str, tokenizer: Any, n_tokens: int) -> torch.Tensor:
+    """[W, T] token ids: the first `n_tokens` tokens of the file, cut into windows of at most WINDOW.
+
+    JSONL records are separated by the end token. UserError where the file has no token to give.
+    """
+    separator = [tokenizer.eos_token_id] if path.suffix == ".jsonl" else []
+    tokens: list[int] = []
+    for text in read_texts(path, field):
+        tokens += tokenizer(text, add_special_tokens=False)["input_ids"] + separator
+        if len(tokens) >= n_tokens:
+            break
+    tokens = tokens[:n_tokens]
+    if not tokens:
+        raise UserError(f"{path}: holds no text; give another --calibration file")
+    window = min(WINDOW, len(tokens))
+    count = len(tokens) // window
+    return torch.tensor(tokens[: count * window]).view(count, window)
+
+
+@torch.no_grad()
+def capture_ffn_inputs(model: Any, windows_WT: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """[S, D] input of each layer's FFN (after its norm) on the windows, on the CPU, kept in `dtype`."""
+    layers = model.model.layers
+    captured: list[list[torch.Tensor]] = [[] for _ in layers]
+
+    def keep(index: int) -> Any:
+        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            captured[index].append(args[0].detach().flatten(0, -2).to("cpu", dtype, copy=True))
+
+        return hook
+
+    handles = [layer.mlp.register_forward_pre_hook(keep(index)) for index, layer in enumerate(layers)]
+    try:
+        batches = windows_WT.split(WINDOWS_PER_BATCH)
+        for batch in tqdm(batches, desc="calibration", unit="batch"):
+            model.model(batch.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(parts) for parts in captured]

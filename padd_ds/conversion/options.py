@@ -1,0 +1,128 @@
+"""What a conversion is asked to do."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from padd_ds.errors import UserError
+
+CLUSTERINGS = ("activations", "weights", "random", "contiguous")
+ROUTERS = ("calibrated", "centroid", "random")
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+MAX_LISTED_COUNT = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """A conversion; UserError when the options contradict each other.
+
+    teacher: Hugging Face folder or hub id of the dense model.
+    output: folder to create.
+    experts: slices that every FFN is cut into (N), shared ones included.
+    shared_experts: slices that are always on (S, >= 1).
+    top_k: routed slices per token (K, of the N - S).
+    cluster: how the routed neurons are grouped, one of CLUSTERINGS.
+    router: where the router's rows come from, one of ROUTERS.
+    calibration: text file, or JSONL file, of the calibration data; needed for `activations` and `calibrated`.
+    calibration_field: field of the JSONL records, or several separated by commas (joined by newlines).
+    calibration_tokens: how many tokens of it are used.
+    prior_temperature: xi of PADD eq. 2 (the paper uses 0.1-0.5).
+    dtype: of the written weights, one of DTYPE_NAMES; None keeps the teacher's.
+    device: where the teacher and the student are run and the clustering is computed.
+    """
+
+    teacher: str
+    output: Path
+    experts: int
+    top_k: int
+    shared_experts: int = 1
+    cluster: str = "activations"
+    router: str = "calibrated"
+    calibration: Path | None = None
+    calibration_field: str = "text"
+    calibration_tokens: int = 16384
+    prior_temperature: float = 0.3
+    seed: int = 0
+    dtype: str | None = None
+    device: str = "cpu"
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("--cluster", self.cluster, CLUSTERINGS)
+        _check_choice("--router", self.router, ROUTERS)
+        if self.dtype is not None:
+            _check_choice("--dtype", self.dtype, DTYPE_NAMES)
+        if self.prior_temperature <= 0:
+            raise UserError(f"--prior-temperature is {self.prior_temperature}; it must be above 0")
+        if self.calibration_tokens < 1:
+            raise UserError(f"--calibration-tokens is {self.calibration_tokens}; it must be at least 1")
+        self._check_counts()
+        self._check_calibration()
+
+    def _check_counts(self) -> None:
+        routed = self.experts - self.shared_experts
+        if self.shared_experts < 1:
+            raise UserError(f"--shared-experts is {self.shared_experts}; a student has at least 1")
+        if self.shared_experts >= self.experts:
+            raise UserError(
+                f"--shared-experts is {self.shared_experts} of --experts {self.experts}; it must be smaller, "
+                "since the rest is routed"
+            )
+        if routed < 2:
+            raise UserError(
+                f"--experts {self.experts} with --shared-experts {self.shared_experts} leaves {routed} routed "
+                "expert; at least 2 are needed"
+            )
+        if not 1 <= self.top_k <= routed:
+            raise UserError(
+                f"--top-k is {self.top_k}; it must lie between 1 and the {routed} routed experts "
+                f"(--experts {self.experts} minus --shared-experts {self.shared_experts})"
+            )
+
+    def _check_calibration(self) -> None:
+        needs_data = self.cluster == "activations" or self.router == "calibrated"
+        if needs_data and self.calibration is None:
+            raise UserError(
+                f"--calibration is missing: --cluster {self.cluster} with --router {self.router} needs data; pass a "
+                "text or JSONL file, or choose --cluster weights and --router centroid"
+            )
+        if self.calibration is not None and not self.calibration.is_file():
+            raise UserError(f"--calibration {self.calibration}: no such file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slicing:
+    """How an FFN of `width` neurons (F) is cut: N = `experts` slices, S of them shared, K chosen per token."""
+
+    width: int
+    experts: int
+    shared: int
+    top_k: int
+
+    def __post_init__(self) -> None:
+        if self.width % self.experts:
+            counts = [n for n in range(self.shared + 2, MAX_LISTED_COUNT + 1) if self.width % n == 0]
+            raise UserError(
+                f"--experts is {self.experts}, which does not divide the teacher's FFN width {self.width}; "
+                f"counts that work: {', '.join(map(str, counts)) or 'none'}"
+            )
+
+    @property
+    def routed(self) -> int:
+        """E, the number of routed experts."""
+        return self.experts - self.shared
+
+    @property
+    def slice_width(self) -> int:
+        """G = F / N, neurons of one expert."""
+        return self.width // self.experts
+
+    @property
+    def active_share(self) -> float:
+        """Share of the FFN that a token passes through."""
+        return (self.shared + self.top_k) / self.experts
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{option} is {value}; choose one of {', '.join(choices)}")

@@ -1,0 +1,111 @@
+"""Where the final answer stands in a text; text only, so that worker processes can load it fast."""
+
+import re
+from dataclasses import dataclass
+
+from padd_ds.errors import UserError
+
+ANSWER_FORMATS = ("auto", "boxed", "hash", "last_number", "first_line", "pattern")
+
+_BOX = re.compile(r"\\f?boxed\s*\{")
+# A minus sign after a digit or bracket is an operation, not a sign.
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+_INTEGER = re.compile(r"[-+]?\d{1,1000}")
+_LONGEST_ANSWER = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFormat:
+    """Where a response says its final answer."""
+
+    name: str = "auto"
+    """`auto`: wherever math-verify finds one (a box, "the answer is", the last formula or number).
+    `boxed`: the last `\\boxed{}`. `hash`: after the last `####`. `last_number`, `first_line` (the first that
+    is not blank): as they say. `pattern`: the last match of `pattern`."""
+    pattern: str | None = None
+    """Regular expression with one group; needed by, and only used with, `pattern`."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ANSWER_FORMATS:
+            known = ", ".join(ANSWER_FORMATS)
+            raise UserError(f"answer format {self.name!r} is unknown; choose one of {known}")
+        if (self.name == "pattern") != (self.pattern is not None):
+            raise UserError(f"answer format {self.name!r}: give a pattern with 'pattern', and only with it")
+        if self.pattern is not None and compile_pattern(self.pattern, "answer pattern").groups != 1:
+            raise UserError(f"answer pattern {self.pattern!r} must have exactly one group (...)")
+
+
+def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:
+    """A user's regular expression (`.` stops at line ends, `$` matches at each); UserError if it is none."""
+    try:
+        return re.compile(pattern, re.MULTILINE)
+    except re.error as error:
+        raise UserError(f"{key} {pattern!r} is not a regular expression ({error})") from error
+
+
+def extract_answer(response: str, answer_format: AnswerFormat) -> str | None:
+    """The final answer in `response`, stripped; None if there is none, or one of over 2000 characters.
+
+    Every format but `auto`, which has to be left to math-verify.
+    """
+    if answer_format.name == "pattern":
+        assert answer_format.pattern is not None
+        found = list(re.finditer(answer_format.pattern, response, re.MULTILINE))
+        answer = found[-1][1] if found else None
+    else:
+        answer = _EXTRACTORS[answer_format.name](response)
+    answer = (answer or "").strip()
+    return answer if 0 < len(answer) <= _LONGEST_ANSWER else None
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last `\\boxed{}` with balanced braces holds, or None."""
+    for start in reversed([found.end() for found in _BOX.finditer(text)][-8:]):
+        depth = 1
+        for index in range(start, len(text)):
+            if text[index - 1] == "\\":
+                continue
+            depth += {"{": 1, "}": -1}.get(text[index], 0)
+            if depth == 0:
+                return text[start:index].strip()
+    return None
+
+
+def same_answer(answer: str, gold: str) -> bool | None:
+    """Whether two answers agree, where plain text decides it beyond doubt; None where it does not.
+
+    Equal text agrees; two integers agree if their values do.
+    """
+    answer, gold = answer.strip(), gold.strip()
+    if answer == gold:
+        return bool(gold)
+    if is_integer(answer) and is_integer(gold):
+        return int(answer) == int(gold)
+    return None
+
+
+def is_integer(answer: str) -> bool:
+    """Whether `answer` is a plain integer of at most 1000 digits."""
+    return _INTEGER.fullmatch(answer.strip()) is not None
+
+
+def _after_hash(response: str) -> str | None:
+    _, mark, tail = response.rpartition("####")
+    return tail.strip().split("\n")[0] if mark else None
+
+
+def _last_number(response: str) -> str | None:
+    numbers = _NUMBER.findall(response)
+    return numbers[-1].replace(",", "") if numbers else None
+
+
+def _first_line(response: str) -> str | None:
+    return response.strip().split("\n")[0]
+
+
+_EXTRACTORS = {
+    "boxed": last_boxed,
+    "hash": _after_hash,
+    "last_number": _last_number,
+    "first_line": _first_line,
+}

@@ -1,0 +1,100 @@
+"""Batches of token ids as pure functions of their inputs.
+
+Shapes: B rows of a batch, T tokens of the longest row, N windows.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+
+from padd_ds.errors import UserError
+
+
+class SupervisedBatch(TypedDict):
+    """Prompts followed by targets, padded on the right."""
+
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor
+    loss_mask_BT: torch.Tensor
+    """1 where the token itself is to be predicted (target tokens and the end token), else 0; int64."""
+    truncated: int
+    """Rows cut at `max_length`."""
+
+
+class PromptBatch(TypedDict):
+    """Prompts padded on the left, so that generation starts in one column."""
+
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor
+    truncated: int
+    """Prompts that lost their beginning."""
+
+
+def batch_indices(step: int, batch_size: int, n_rows: int, seed: int) -> list[int]:
+    """The rows of batch `step` (from 0): a pure function, so that resuming needs the step alone.
+
+    Every epoch is a permutation of its own by (seed, epoch); batches run across the border of epochs, so
+    each row is met once per epoch and no batch is short. A batch larger than the set repeats rows.
+    """
+    if n_rows < 1:
+        raise ValueError("batch_indices needs at least one row")
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    epochs = {position // n_rows for position in positions}
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n_rows) for epoch in epochs}
+    return [int(orders[position // n_rows][position % n_rows]) for position in positions]
+
+
+def supervised_batch(
+    prompts: Sequence[str], targets: Sequence[str], tokenizer: Any, max_length: int
+) -> SupervisedBatch:
+    """Token ids of prompt + target + end token per row, cut on the right at `max_length` tokens.
+
+    `prompts` are complete texts (see `prompts.render`). A row whose prompt fills `max_length` has no
+    token to learn; its loss mask is all 0.
+    """
+    rows, learnt, truncated = [], [], 0
+    for prompt, target in zip(prompts, targets, strict=True):
+        prompt_ids, target_ids = _ids(prompt, tokenizer), [*_ids(target, tokenizer), tokenizer.eos_token_id]
+        truncated += len(prompt_ids) + len(target_ids) > max_length
+        rows.append((prompt_ids + target_ids)[:max_length])
+        learnt.append(([0] * len(prompt_ids) + [1] * len(target_ids))[:max_length])
+    width = max(map(len, rows))
+    return SupervisedBatch(
+        input_ids_BT=torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows]),
+        attention_mask_BT=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+        loss_mask_BT=torch.tensor([mask + [0] * (width - len(mask)) for mask in learnt]),
+        truncated=truncated,
+    )
+
+
+def prompt_batch(prompts: Sequence[str], tokenizer: Any, max_prompt_length: int) -> PromptBatch:
+    """Token ids of complete prompt texts, the last `max_prompt_length` tokens of each."""
+    whole = [_ids(prompt, tokenizer) for prompt in prompts]
+    rows = [ids[-max_prompt_length:] for ids in whole]
+    width = max(map(len, rows))
+    return PromptBatch(
+        input_ids_BT=torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]),
+        attention_mask_BT=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+        truncated=sum(len(ids) > max_prompt_length for ids in whole),
+    )
+
+
+def text_windows(text: str, tokenizer: Any, length: int, count: int | None = None) -> torch.Tensor:
+    """The first `count` (default: all) non-overlapping windows of `length` tokens of `text`, ids_NT.
+
+    No begin-of-text token is added; what is left at the end is dropped. UserError if not one is full.
+    """
+    ids = _ids(text, tokenizer)
+    available = len(ids) // length
+    if available < 1:
+        raise UserError(
+            f"the text has {len(ids)} tokens, less than one window of {length}; give a longer one"
+        )
+    windows = available if count is None else min(count, available)
+    return torch.tensor(ids[: windows * length]).view(windows, length)
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids

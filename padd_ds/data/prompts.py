@@ -1,0 +1,75 @@
+"""The text that a model is shown for a problem."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from padd_ds.data.problems import Problem
+from padd_ds.errors import UserError
+
+_PLACEHOLDER = re.compile(r"\{(question|solution|answer)\}")
+_BOXED = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTemplate:
+    """How a question becomes a prompt."""
+
+    text: str = "{question}"
+    """Holds `{question}` once or more; other braces are plain text."""
+    chat: bool = False
+    """Wrap the text as a user's turn in the tokenizer's chat template."""
+    system: str | None = None
+    """A system turn before it; only with `chat`."""
+
+    def __post_init__(self) -> None:
+        if "{question}" not in self.text:
+            names = ", ".join(TEMPLATES)
+            raise UserError(f"template {self.text!r} lacks {{question}}; put it in, or name one of {names}")
+        if self.system is not None and not self.chat:
+            raise UserError("a template's system text needs chat: true")
+
+
+TEMPLATES = {
+    "plain": PromptTemplate(),
+    "boxed": PromptTemplate(text=_BOXED),
+    "qa": PromptTemplate(text="Question: {question}\nAnswer:"),
+    "chat": PromptTemplate(chat=True),
+    "chat-boxed": PromptTemplate(text=_BOXED, chat=True),
+}
+
+
+def resolve_template(template: str) -> PromptTemplate:
+    """A named template, or plain text of the user's own that holds `{question}`."""
+    return TEMPLATES.get(template) or PromptTemplate(text=template)
+
+
+def render(template: PromptTemplate, problem: Problem, tokenizer: Any) -> str:
+    """The prompt as complete text: begin-of-text and chat tokens are in it.
+
+    So everything downstream tokenises with `add_special_tokens=False`. UserError if `template.chat` and
+    the tokenizer has no chat template.
+    """
+    text = template.text.replace("{question}", problem.question)
+    if not template.chat:
+        return _begin_of_text(tokenizer) + text
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("the tokenizer has no chat template; choose a template without chat")
+    turns = [{"role": "system", "content": template.system}] if template.system is not None else []
+    turns.append({"role": "user", "content": text})
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def render_target(problem: Problem, target: str = "{solution}") -> str:
+    """The text to be learnt: `target` with `{solution}`, `{answer}` and `{question}` filled in."""
+    if "{solution}" in target and problem.solution is None:
+        start = problem.question[:40]
+        raise UserError(f"no solution for {start!r}; set the solution field, or take it out of the target")
+    values = {"question": problem.question, "solution": problem.solution or "", "answer": problem.answer}
+    # One pass: a solution may itself hold the text "{answer}".
+    return _PLACEHOLDER.sub(lambda found: values[found[1]], target)
+
+
+def _begin_of_text(tokenizer: Any) -> str:
+    bos = getattr(tokenizer, "bos_token", None)
+    return bos if bos and tokenizer.bos_token_id in tokenizer("").input_ids else ""

@@ -1,0 +1,93 @@
+"""The cut of one training set into parts that share no question."""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from padd_ds.data.problems import Problem
+from padd_ds.errors import UserError
+
+DEFAULT_FRACTIONS = {"A": 0.10, "B": 0.20, "C": 0.65, "D": 0.05}
+"""Shares of the training set. A: activation statistics and clustering. B: warm-up. C: joint training.
+D: held-out evaluation. Source: PADD."""
+
+# Numbers, words, and the signs that tell one formula from another.
+# Spacing, quotes, commas, dollars and braces go.
+_TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[-+*/=<>^%!|()\[\]]")
+_MINUS_SIGNS = str.maketrans("\u2212\u2013\u2014", "---")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Problems by part."""
+
+    parts: dict[str, list[Problem]]
+    """Every key of the fractions; each part in the order of the data."""
+    duplicates: int
+    """Repeats of a question that were dropped."""
+
+
+def normalise_question(question: str) -> str:
+    """The question without case, spacing and punctuation, but with its operators and brackets.
+
+    Choice: arithmetic signs stay, since `3 + 4` and `3 - 4` are two questions.
+    """
+    text = unicodedata.normalize("NFKC", question).casefold().translate(_MINUS_SIGNS)
+    tokens = _TOKEN.findall(text) or [text.strip()]
+    return " ".join(tokens)
+
+
+def part_of(question: str, fractions: Mapping[str, float]) -> str:
+    """The part that `question` belongs to, from a hash of its normalised text alone.
+
+    Choice: independent of order and size of the set, so that a grown set moves no question.
+    """
+    digest = hashlib.sha256(normalise_question(question).encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    edge, last = 0.0, ""
+    for part, share in fractions.items():
+        edge, last = edge + share, part if share > 0 else last
+        if share > 0 and position < edge:
+            return part
+    return last  # rounding left a gap below 1
+
+
+def split_problems(problems: Iterable[Problem], fractions: Mapping[str, float] = DEFAULT_FRACTIONS) -> Split:
+    """Each distinct question in its part, the first of several equal ones kept.
+
+    UserError unless the fractions are >= 0 and add up to 1.
+    """
+    check_fractions(fractions)
+    parts: dict[str, list[Problem]] = {part: [] for part in fractions}
+    seen: set[str] = set()
+    duplicates = 0
+    for problem in problems:
+        normalised = normalise_question(problem.question)
+        if normalised in seen:
+            duplicates += 1
+            continue
+        seen.add(normalised)
+        parts[part_of(problem.question, fractions)].append(problem)
+    return Split(parts=parts, duplicates=duplicates)
+
+
+def check_fractions(fractions: Mapping[str, float]) -> None:
+    """UserError unless the shares are >= 0 and add up to 1."""
+    total = sum(fractions.values())
+    if any(share < 0 for share in fractions.values()) or abs(total - 1) > 1e-9:
+        named = ", ".join(f"{part} {share}" for part, share in fractions.items())
+        raise UserError(f"part fractions ({named}) must be >= 0 and add up to 1, not {total:g}")
+
+
+def decontaminate(
+    problems: Sequence[Problem], benchmark_questions: Iterable[str]
+) -> tuple[list[Problem], list[Problem]]:
+    """`problems` as (kept, dropped): dropped are those whose normalised question is also a benchmark's."""
+    banned = {normalise_question(question) for question in benchmark_questions}
+    kept: list[Problem] = []
+    dropped: list[Problem] = []
+    for problem in problems:
+        (dropped if normalise_question(problem.question) in banned else kept).append(problem)
+    return kept, dropped

@@ -1,0 +1,32 @@
+"""How DeepSpeed's expert parallelism finds the parts of each student class."""
+
+from typing import Any
+
+from padd_ds.errors import UserError
+
+GLM4_MOE_KEYS = {
+    "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
+    "router_pattern": "gate",
+    "expert_pattern": "experts",
+    "expert_w1": "gate_up_proj",
+    "expert_w2": "down_proj",
+    "expert_w3": None,
+    "num_experts_attr": "n_routed_experts",
+    "top_k_attr": "num_experts_per_tok",
+    "score_func": "sigmoid",
+    "route_norm": True,
+    "has_shared_experts": True,
+    "shared_experts_pattern": "shared_experts",
+}
+"""DeepSpeed has no preset for glm4_moe, the class that padd-convert writes."""
+
+EXPERT_PARALLEL_KEYS = {"glm4_moe": GLM4_MOE_KEYS}
+
+
+def expert_parallel_keys(model_config: Any) -> dict[str, Any]:
+    """The keys of DeepSpeed's expert_parallel section for a student; UserError for a class without them."""
+    try:
+        return dict(EXPERT_PARALLEL_KEYS[model_config.model_type])
+    except KeyError:
+        known = ", ".join(EXPERT_PARALLEL_KEYS)
+        raise UserError(f"student class {model_config.model_type} cannot be trained yet; known: {known}") from None

@@ -1,0 +1,113 @@
+"""The ranks of a run and the few collectives that decisions are made from."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from padd_ds.errors import UserError
+
+
+class OtherRankFailed(RuntimeError):
+    """This rank is well, but another one is not."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands: `rank` of `world`, `device` to compute on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_ranks() -> Ranks:
+    """Join the process group that the launcher announced (deepspeed, torchrun, srun, mpirun), or run alone."""
+    accelerator = get_accelerator()
+    # DeepSpeed compiles this op at start-up although only its inference kernels use it. Without it no
+    # compiler is needed, and no build that was killed can leave a lock on which the next run waits.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _adopt_slurm_variables()
+    if not _launched():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29501")
+    if not dist.is_initialized():
+        on_gpu = accelerator.device_name() == "cuda"
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if accelerator.device_name() == "cpu":
+        device = torch.device("cpu")
+    else:
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(local_rank))
+    return Ranks(rank=dist.get_rank(), world=dist.get_world_size(), device=device)
+
+
+def stop_ranks() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of `tensor` over all ranks, in a new tensor."""
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def gather_over_group(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    """Tensors of equal shape from the ranks of `group`, concatenated along dimension 0; no gradient."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group=group))]
+    dist.all_gather(parts, tensor.detach().contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier()
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """True on every rank if it is true on one."""
+    return bool(sum_over_ranks(torch.tensor([float(flag)], device=ranks.device)).item() > 0)
+
+
+def together(action: Callable[[], Any], ranks: Ranks) -> Any:
+    """Run `action` on every rank; if it fails on one, every rank raises instead of waiting for it."""
+    failure: Exception | None = None
+    result = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    if any_rank(failure is not None, ranks):
+        raise failure or OtherRankFailed("another rank failed; its message stands in its own log")
+    return result
+
+
+def _launched() -> bool:
+    return "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ or "PMI_RANK" in os.environ
+
+
+def _adopt_slurm_variables() -> None:
+    """Under a bare srun, translate Slurm's variables into torch's."""
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or "SLURM_STEP_ID" not in os.environ:
+        return
+    if "OMPI_COMM_WORLD_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1:
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError("MASTER_ADDR is not set under srun; start through slurm/train.sbatch or set it to the first node")
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ.setdefault("MASTER_PORT", "29500")

@@ -1,0 +1,163 @@
+"""A Hugging Face MoE student inside DeepSpeed's expert-parallel engine, with PADD routers.
+
+Legend: B sequences, T tokens, S = B * T, D model width, E routed experts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import set_z3_leaf_modules
+from transformers import get_scheduler
+
+from padd_ds.config.schema import OptimizerConfig, RunConfig
+from padd_ds.engine.families import expert_parallel_keys
+from padd_ds.engine.ranks import Ranks
+from padd_ds.moe.router import PaddRouter, RoutingControl, RoutingMode, RoutingRecord
+
+
+@dataclass
+class Student:
+    """The model being trained and the handles that stages need."""
+
+    engine: Any
+    """deepspeed.DeepSpeedEngine; call it as the Hugging Face model."""
+    layers: list[AutoEPMoELayer]
+    """MoE layers in the order of the model."""
+    control: RoutingControl
+    """Shared by all routers."""
+    ranks: Ranks
+
+    @property
+    def routers(self) -> list[PaddRouter]:
+        return [layer.router for layer in self.layers]
+
+    @property
+    def n_experts(self) -> int:
+        return self.layers[0].num_experts
+
+    @property
+    def expert_parallel_size(self) -> int:
+        return self.layers[0].ep_size
+
+    @property
+    def model(self) -> Any:
+        return self.engine.module
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`, which is already a mean over the global batch times the world size."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """At an accumulation boundary: reduce, clip, update, advance the schedule."""
+        self.engine.step()
+
+    @contextmanager
+    def routing(self, mode: RoutingMode, *, noise: float = 0.0) -> Iterator[None]:
+        """Route by `mode` inside the block."""
+        before = (self.control.mode, self.control.noise)
+        self._set_routing(mode, noise)
+        try:
+            yield
+        finally:
+            self._set_routing(*before)
+
+    @contextmanager
+    def recording(self, *, inputs: bool = False) -> Iterator[RoutingRecord]:
+        """Yield a record that the forward passes inside the block fill."""
+        before = self.control.record
+        self.control.record = RoutingRecord(inputs_SD={} if inputs else None)
+        try:
+            yield self.control.record
+        finally:
+            self.control.record = before
+
+    def _set_routing(self, mode: RoutingMode, noise: float) -> None:
+        self.control.mode = mode
+        self.control.noise = noise
+        for layer in self.layers:
+            # The dispatch of an AutoEP layer reads its own top_k.
+            layer.top_k = layer.num_experts if mode == "dense" else layer.router.top_k
+
+
+def build_student(
+    model: Any,
+    config: RunConfig,
+    deepspeed_tree: dict[str, Any],
+    ranks: Ranks,
+    *,
+    trainable: Callable[[str], bool],
+    accumulation_steps: int,
+    total_steps: int,
+) -> Student:
+    """Put `model` under DeepSpeed, train the parameters whose name passes `trainable`, install PADD routers.
+
+    `total_steps` counts optimiser steps, for the learning rate's schedule.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable(name))
+    selection_biases = _selection_biases(model)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=_complete_tree(deepspeed_tree, config, model.config, accumulation_steps),
+        lr_scheduler=_scheduler(config.optimizer, total_steps),
+    )
+    layers = [module for module in engine.module.modules() if isinstance(module, AutoEPMoELayer)]
+    control = RoutingControl(generator=torch.Generator(device=ranks.device))
+    for index, (layer, bias_E) in enumerate(zip(layers, selection_biases, strict=True)):
+        layer.router = _padd_router(layer, bias_E.to(ranks.device), index, control)
+    return Student(engine=engine, layers=layers, control=control, ranks=ranks)
+
+
+def _selection_biases(model: Any) -> list[torch.Tensor]:
+    """Per MoE layer, before the engine casts it to the model's precision."""
+    found = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    return [bias_E.detach().float().clone() for bias_E in found]
+
+
+def _padd_router(layer: AutoEPMoELayer, bias_E: torch.Tensor, index: int, control: RoutingControl) -> PaddRouter:
+    old = layer.router
+    router = PaddRouter(
+        old.gate,
+        bias_E,
+        layer=index,
+        top_k=old.top_k,
+        score_function=old.score_func,
+        normalise=old.route_norm,
+        scale=old.route_scale,
+        control=control,
+    )
+    return router.train(old.training)
+
+
+def _scheduler(options: OptimizerConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
+    name = "constant_with_warmup" if options.schedule == "constant" else options.schedule
+    return lambda optimizer: get_scheduler(
+        name, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=total_steps
+    )
+
+
+def _complete_tree(
+    tree: dict[str, Any], config: RunConfig, model_config: Any, accumulation_steps: int
+) -> dict[str, Any]:
+    options = config.optimizer
+    adamw = {"lr": options.learning_rate, "betas": list(options.betas), "weight_decay": options.weight_decay}
+    return tree | {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        # torch's own AdamW needs no compiler on the machine; fused and CPU variants are built at run time.
+        "optimizer": {"type": "AdamW", "params": adamw | {"torch_adam": True}},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "expert_parallel": expert_parallel_keys(model_config) | tree["expert_parallel"],
+    }
+
+
+def mark_moe_leaves(model: Any) -> None:
+    """ZeRO-3 gathers a whole MoE block at once: ranks run different experts, so it must not hook each."""
+    set_z3_leaf_modules(model, [AutoEPMoELayer])

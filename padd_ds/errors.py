@@ -1,0 +1,23 @@
+"""What a user did wrong, told in one line with exit code 2."""
+
+import sys
+from collections.abc import Callable
+
+EXIT_CODE_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake that the user can put right.
+
+    The message is one line that names the file or key, the value, the rule and the remedy.
+    Raised before any work is done; entry points turn it into exit code 2 without a traceback.
+    """
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run an entry point; a UserError becomes one line on standard error and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE_USER_ERROR)

@@ -1,0 +1,206 @@
+"""padd-eval: Pass@1 on checkable problems, and perplexity on a text, of any causal language model folder."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from padd_ds.data.answers import ANSWER_FORMATS, AnswerFormat
+from padd_ds.data.problems import GOLD_FORMATS, FieldMap, Problem, map_rows
+from padd_ds.data.prompts import TEMPLATES, PromptTemplate, resolve_template
+from padd_ds.data.sources import read_rows
+from padd_ds.errors import UserError, run_cli
+from padd_ds.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from padd_ds.files import check_output_free
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="padd-eval", description=__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub id")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="result file to write (JSON)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing result file")
+    _add_problem_options(parser)
+    _add_prompt_options(parser)
+    text = parser.add_argument_group("perplexity")
+    text.add_argument("--perplexity", type=Path, metavar="TEXTFILE", help="plain text to measure it on")
+    text.add_argument("--window", type=int, default=256, help="tokens per window (default %(default)s)")
+    text.add_argument("--max-windows", type=int, help="windows to use (default: all)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--batch-size", type=int, default=32, help="problems at once (default %(default)s)")
+    run.add_argument("--dtype", choices=DTYPE_NAMES, help="default: float32 on cpu, bfloat16 elsewhere")
+    run.add_argument("--device", help="such as cpu or cuda:1 (default: an accelerator if there is one)")
+    run.add_argument("--check-workers", type=int, default=1, help="answer checking processes")
+    run.add_argument("--check-timeout", type=float, default=5.0, metavar="SECONDS", help="for one answer")
+    run.add_argument("--seed", type=int, default=0, help="of torch; greedy decoding itself draws nothing")
+    return parser.parse_args(argv)
+
+
+def _add_problem_options(parser: argparse.ArgumentParser) -> None:
+    problems = parser.add_argument_group("problems")
+    source = problems.add_mutually_exclusive_group()
+    source.add_argument("--benchmark", choices=BENCHMARKS, help="a public benchmark")
+    source.add_argument("--data", metavar="FILE", help="your own: JSONL, JSON, parquet, a folder, a hub name")
+    problems.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with benchmark files")
+    problems.add_argument("--split", help="split of --data")
+    problems.add_argument("--question-field", default="question", metavar="NAME")
+    problems.add_argument("--answer-field", default="answer", metavar="NAME")
+    problems.add_argument("--subject-field", metavar="NAME", help="report Pass@1 by this field too")
+    problems.add_argument("--gold-format", choices=GOLD_FORMATS, default="plain", help="how rows hold it")
+    problems.add_argument("--limit", type=int, metavar="N", help="the first N problems only")
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    prompts = parser.add_argument_group("prompts and answers")
+    prompts.add_argument(
+        "--template",
+        metavar="NAME_OR_TEXT",
+        help=f"{', '.join(TEMPLATES)}, or text with {{question}} (default: chat-boxed or boxed)",
+    )
+    prompts.add_argument("--chat", action="store_true", help="put --template in the model's chat template")
+    prompts.add_argument(
+        "--answer-format", choices=ANSWER_FORMATS, help="default: auto; pattern with --pattern"
+    )
+    prompts.add_argument("--pattern", metavar="REGEX", help="one group, whose last match is the answer")
+    prompts.add_argument("--max-new-tokens", type=int, default=512, help="per response (default %(default)s)")
+    prompts.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_arguments(args)
+    answer_format = AnswerFormat(
+        name=args.answer_format or ("pattern" if args.pattern else "auto"), pattern=args.pattern
+    )
+    template = _template(args.template, args.chat) if args.template else None
+    problems = read_problems(args)
+    text = read_text(args.perplexity) if args.perplexity else None
+    run(args, problems, template, answer_format, text)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what can be refused without reading anything."""
+    check_output_free(args.output, args.overwrite)
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder; name a file")
+    if not (args.benchmark or args.data or args.perplexity):
+        raise UserError("nothing to evaluate; give --benchmark, --data or --perplexity")
+    if args.data_dir and not args.benchmark:
+        raise UserError("--data-dir goes with --benchmark; a file of your own is named by --data")
+    if args.chat and not args.template:
+        raise UserError("--chat goes with --template")
+    for name in ("limit", "max_windows", "window", "batch_size", "max_new_tokens", "check_workers"):
+        value, least = getattr(args, name), 2 if name == "window" else 1
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
+def read_problems(args: argparse.Namespace) -> list[Problem]:
+    """The problems asked for, up to --limit; none if only perplexity is."""
+    if args.benchmark:
+        return load_benchmark(args.benchmark, args.data_dir)[: args.limit]
+    if not args.data:
+        return []
+    fields = FieldMap(
+        question=args.question_field,
+        answer=args.answer_field,
+        subject=args.subject_field,
+        gold_format=args.gold_format,
+    )
+    rows = read_rows(args.data, args.split)[: args.limit]
+    return map_rows(rows, fields, key=f"{args.data}: fields")
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; UserError if it is missing or empty."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--perplexity {path}: cannot be read as UTF-8 text ({error})") from error
+    if not text.strip():
+        raise UserError(f"--perplexity {path}: is empty")
+    return text
+
+
+def run(
+    args: argparse.Namespace,
+    problems: list[Problem],
+    template: PromptTemplate | None,
+    answer_format: AnswerFormat,
+    text: str | None,
+) -> None:
+    """Load the model, measure, write the result file and print its headline."""
+    # Here and not above: what the user got wrong is told before torch has taken seconds to load.
+    import torch
+
+    from padd_ds.evaluation.generate import GenerationOptions
+    from padd_ds.evaluation.perplexity import perplexity
+    from padd_ds.evaluation.results import table, write_result
+    from padd_ds.evaluation.scoring import EvaluationOptions, evaluate_problems
+
+    torch.manual_seed(args.seed)
+    model, tokenizer = _load(args)
+    template = template or resolve_template("chat-boxed" if tokenizer.chat_template else "boxed")
+    options = EvaluationOptions(
+        template=template,
+        answer_format=answer_format,
+        generation=GenerationOptions(
+            max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, stop=tuple(args.stop)
+        ),
+        check_workers=args.check_workers,
+        check_timeout_s=args.check_timeout,
+    )
+    measured = None
+    if text is not None:
+        measured = perplexity(model, tokenizer, text, args.window, args.max_windows)
+    result = evaluate_problems(model, tokenizer, problems, options) if problems else None
+    write_result(args.output, _settings(args, template, answer_format, model), result, measured)
+    print(f"{args.model}\n{table(result, measured)}\nwritten to {args.output}")
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+
+    from padd_ds.hf import DTYPES, load_causal_lm, load_tokenizer
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        device = torch.device(args.device) if args.device else (accelerator or torch.device("cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {args.device} cannot be used here ({reason}); try --device cpu") from error
+    dtype = DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    model = load_causal_lm(args.model, dtype).to(device)
+    return model, load_tokenizer(args.model)
+
+
+def _template(template: str, chat: bool) -> PromptTemplate:
+    resolved = resolve_template(template)
+    return PromptTemplate(text=resolved.text, chat=True, system=resolved.system) if chat else resolved
+
+
+def _settings(
+    args: argparse.Namespace, template: PromptTemplate, answer_format: AnswerFormat, model: Any
+) -> dict[str, Any]:
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    resolved = {
+        "template": {"text": template.text, "chat": template.chat, "system": template.system},
+        "answer_format": answer_format.name,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_type": model.config.model_type,
+    }
+    return given | resolved
+
+
+def cli() -> None:
+    run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

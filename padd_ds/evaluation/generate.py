@@ -1,0 +1,126 @@
+"""Greedy responses to many prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from padd_ds.data.batches import prompt_batch
+from padd_ds.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How far, and how many at once."""
+
+    max_new_tokens: int = 512
+    batch_size: int = 32
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, beside the end token; they are cut off."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_new_tokens", "batch_size"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} {getattr(self, key)} must be at least 1")
+        if not all(self.stop):
+            raise UserError("a stop text must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One greedy response."""
+
+    text: str
+    tokens: int
+    """Tokens generated, the end token included."""
+    ended: bool
+    """Ended by the end token or a stop text, not by `max_new_tokens`."""
+
+
+def greedy_responses(
+    model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions
+) -> list[Response]:
+    """One response per complete prompt text, in the order of `prompts`; progress on standard error.
+
+    Batches take prompts of like length, the longest first, so that memory runs out early or never.
+    """
+    lengths = [len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
+    _check_lengths(lengths, model, options)
+    order = sorted(range(len(prompts)), key=lambda row: -lengths[row])
+    responses: dict[int, Response] = {}
+    with tqdm(total=len(prompts), desc="responses", unit="problem", dynamic_ncols=True) as progress:
+        for start in range(0, len(order), options.batch_size):
+            rows = order[start : start + options.batch_size]
+            batch = _generate(model, tokenizer, [prompts[row] for row in rows], options)
+            responses.update(zip(rows, batch, strict=True))
+            progress.update(len(rows))
+    return [responses[row] for row in range(len(prompts))]
+
+
+@torch.inference_mode()
+def _generate(
+    model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions
+) -> list[Response]:
+    batch = prompt_batch(prompts, tokenizer, max_prompt_length=2**31)
+    end_ids = end_token_ids(model, tokenizer)
+    # A config of its own: a checkpoint's sampling settings are not to leak into greedy decoding.
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=options.max_new_tokens,
+        eos_token_id=end_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        stop_strings=list(options.stop) or None,
+    )
+    ids_BT = model.generate(
+        input_ids=batch["input_ids_BT"].to(model.device),
+        attention_mask=batch["attention_mask_BT"].to(model.device),
+        generation_config=config,
+        tokenizer=tokenizer if options.stop else None,
+    )
+    width = batch["input_ids_BT"].shape[1]
+    return [_response(ids, end_ids, tokenizer, options) for ids in ids_BT[:, width:].tolist()]
+
+
+def _response(ids: list[int], end_ids: list[int], tokenizer: Any, options: GenerationOptions) -> Response:
+    end = next((place for place, token in enumerate(ids) if token in end_ids), None)
+    kept = ids if end is None else ids[:end]
+    text = tokenizer.decode(kept, skip_special_tokens=True)
+    stops = [place for stop in options.stop if (place := text.find(stop)) >= 0]
+    if stops:
+        # Rows that stopped first are padded while others go on, so count what the text needs.
+        kept = kept[: _tokens_until_stop(kept, tokenizer, options.stop)]
+        return Response(text=text[: min(stops)], tokens=len(kept), ended=True)
+    return Response(text=text, tokens=len(kept) + (end is not None), ended=end is not None)
+
+
+def _tokens_until_stop(ids: list[int], tokenizer: Any, stop: Sequence[str]) -> int:
+    for length in range(1, len(ids)):
+        text = tokenizer.decode(ids[:length], skip_special_tokens=True)
+        if any(word in text for word in stop):
+            return length
+    return len(ids)
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a response: the checkpoint's own and the tokenizer's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+
+
+def _check_lengths(lengths: Sequence[int], model: Any, options: GenerationOptions) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(lengths, default=0)
+    longest = max(lengths, default=0)
+    if lengths and min(lengths) == 0:
+        raise UserError("a prompt has no tokens; choose a template that adds some text")
+    if limit is not None and longest + options.max_new_tokens > limit:
+        row = lengths.index(longest) + 1
+        raise UserError(
+            f"problem {row} has {longest} prompt tokens, with max_new_tokens {options.max_new_tokens} "
+            f"more than the model's {limit} positions; lower max_new_tokens or drop the problem"
+        )

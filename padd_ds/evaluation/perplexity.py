@@ -1,0 +1,57 @@
+"""Perplexity of a text.
+
+Shapes: N windows, B windows of a batch, T tokens of a window, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from math import exp
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from padd_ds.data.batches import text_windows
+from padd_ds.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood per predicted token."""
+
+    value: float
+    nll_mean_nats: float
+    tokens: int
+    """Tokens predicted: `window` - 1 for each window."""
+    windows: int
+    window: int
+    """Tokens per window."""
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    window: int = 256,
+    max_windows: int | None = None,
+    batch_size: int = 4,
+) -> Perplexity:
+    """Perplexity over the first `max_windows` (default: all) non-overlapping windows of `text`.
+
+    Every token of a window but its first is predicted, from those before it in the same window; no
+    begin-of-text token is added, and what does not fill a window is left out.
+    """
+    if window < 2:
+        raise UserError(f"perplexity window {window} must be at least 2 tokens")
+    ids_NT = text_windows(text, tokenizer, window, max_windows)
+    nll_sum = sum(_nll_sum(model, ids_BT.to(model.device)) for ids_BT in ids_NT.split(batch_size))
+    tokens = ids_NT.shape[0] * (window - 1)
+    mean = nll_sum / tokens
+    value = exp(mean) if mean < 700 else float("inf")
+    return Perplexity(value=value, nll_mean_nats=mean, tokens=tokens, windows=ids_NT.shape[0], window=window)
+
+
+def _nll_sum(model: Any, ids_BT: torch.Tensor) -> float:
+    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
+    nll = functional.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
+    return nll.double().sum().item()

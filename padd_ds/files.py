@@ -1,0 +1,77 @@
+"""Outputs that appear whole or not at all."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from padd_ds.errors import UserError
+
+
+def check_output_free(path: Path, overwrite: bool) -> None:
+    """Refuse an output that exists (unless `overwrite`) or whose parent cannot be written."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} already exists; choose another output or pass --overwrite")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{path} cannot be created: no permission to write in {parent}")
+
+
+@contextmanager
+def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a new folder beside `path` that becomes `path` when the block ends without error.
+
+    On any exception the staged folder is deleted and `path` is left as it was. A full disk
+    becomes a UserError. An existing `path` is replaced only with `overwrite`, by rename.
+    """
+    check_output_free(path, overwrite)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.absolute().parent))
+    staged.chmod(0o755)
+    try:
+        with disk_full_is_user_error(path):
+            yield staged
+        _replace(staged, path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with disk_full_is_user_error(path):
+            staged.write_text(text, encoding="utf-8")
+            os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_full_is_user_error(path: Path) -> Iterator[None]:
+    """Turn "no space left" (also as safetensors and torch report it) into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error) or "os error 28" in str(error):
+            free_gib = shutil.disk_usage(path.absolute().parent).free / 2**30
+            message = f"{path}: the disk is full ({free_gib:.2f} GiB free); nothing was kept"
+            raise UserError(f"{message}; free some space or choose another output") from error
+        raise
+
+
+def _replace(staged: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(staged, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.absolute().parent))
+    os.rename(path, old / path.name)
+    os.rename(staged, path)
+    shutil.rmtree(old)

@@ -1,0 +1,70 @@
+"""Loading of Hugging Face folders and hub ids, with errors a user can act on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from padd_ds.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The model config of a folder or hub id; UserError unless it is a causal language model.
+
+    `source` that looks like a path (starts with `.`, `/` or `~`, or exists) must be a folder
+    with a `config.json`; anything else is taken as a hub id.
+    """
+    folder = Path(source).expanduser()
+    looks_local = folder.exists() or source.startswith((".", "/", "~"))
+    if looks_local and not folder.is_dir():
+        raise UserError(f"{source}: no such folder; give a Hugging Face checkpoint folder or a hub id")
+    if looks_local and not (folder / "config.json").is_file():
+        raise UserError(f"{source}: no config.json in it; give a Hugging Face checkpoint folder")
+    location = str(folder) if looks_local else source
+    try:
+        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: no readable model config ({_first_line(error)})") from error
+    architectures = getattr(config, "architectures", None) or []
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not causal or (architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures)):
+        raise UserError(f"{source}: {config.model_type} ({', '.join(architectures)}) is not a causal language model")
+    return config
+
+
+def load_causal_lm(source: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """The model in eval mode on the CPU, from safetensors only."""
+    read_config(source, trust_remote_code=trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(Path(source).expanduser()) if Path(source).expanduser().exists() else source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{source}: its weights cannot be read ({_first_line(error)})") from error
+    return model.eval()
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub id, padded on the left; its pad token falls back to the end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{source}: no readable tokenizer ({_first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{source}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,110 @@
+"""Adaptive distillation of a dense teacher into the student (PADD, Stage II).
+
+Shapes: B responses, T tokens in a sequence, C tokens of one chunk, R of them unmasked, V vocabulary,
+Q outcomes that are compared (V, or top-k + 1).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from padd_ds.losses.tokens import CHUNK_TOKENS, compute_dtype, map_token_chunks
+
+LOG_ZERO = -1e4
+"""Stands for log 0: exp(LOG_ZERO) is 0 in float64 too, while products and gradients stay finite."""
+
+TEMPERATURE_RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "confident": lambda scaled_B: 1 - torch.tanh(scaled_B),
+    "literal": lambda scaled_B: 1 + torch.tanh(scaled_B),
+    "fixed": torch.ones_like,
+}
+
+
+def distillation_temperature(
+    advantage_B: Tensor,
+    *,
+    rule: str = "confident",
+    slope: float = 0.5,
+    base: float = 1.0,
+    floor: float = 0.25,
+) -> Tensor:
+    """The teacher's temperature for each response, base * max(Phi(A), floor), [B] (tau and Phi, Stage II).
+
+    slope is kappa, base is tau. Choice: rule `confident` is Phi = 1 - tanh(kappa A), a lower temperature on
+    good paths as the paper's words have it; `literal` is its printed 1 + tanh(kappa A); `fixed` is 1.
+    Choice: the floor, because groups of 8 can push either form to 0.13.
+    """
+    advantage_B = advantage_B.to(compute_dtype(advantage_B))
+    return base * TEMPERATURE_RULES[rule](slope * advantage_B).clamp(min=floor)
+
+
+def distillation_sum(
+    student_logits_BTV: Tensor,
+    teacher_logits_BTV: Tensor,
+    mask_BT: Tensor,
+    temperature_B: Tensor,
+    *,
+    direction: str = "forward",
+    teacher_top_k: int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """Divergence of the student from the tempered teacher, summed over unmasked tokens, nats, scalar.
+
+    p = softmax(teacher / temperature), q = softmax(student); only the teacher is tempered (Stage II). The
+    teacher and the temperature get no gradient. Choice: direction `forward` is KL(p || q), `reverse` is
+    KL(q || p), `jsd` is their mean against (p + q) / 2. Choice: with `teacher_top_k` both sides are reduced
+    to the teacher's k likeliest tokens and one bucket for the rest, a lower bound of the full divergence.
+    ValueError when the two vocabularies differ.
+    """
+    if student_logits_BTV.shape != teacher_logits_BTV.shape:
+        shapes = f"{tuple(student_logits_BTV.shape)} and {tuple(teacher_logits_BTV.shape)}"
+        raise ValueError(f"student and teacher logits differ in shape: {shapes}")
+    divergence = DIVERGENCES[direction]
+
+    def chunk_sum(student_CV: Tensor, teacher_CV: Tensor, mask_C: Tensor, temperature_C: Tensor) -> Tensor:
+        log_q_RQ = _log_softmax(student_CV[mask_C])
+        log_p_RQ = _log_softmax(teacher_CV[mask_C], temperature_C[mask_C])
+        if teacher_top_k is not None:
+            top_RK = log_p_RQ.topk(min(teacher_top_k, log_p_RQ.shape[-1])).indices
+            log_p_RQ, log_q_RQ = _with_tail(log_p_RQ, top_RK), _with_tail(log_q_RQ, top_RK)
+        return divergence(log_p_RQ, log_q_RQ)
+
+    flat = (
+        student_logits_BTV.flatten(0, 1),
+        teacher_logits_BTV.detach().flatten(0, 1),
+        mask_BT.bool().flatten(),
+        temperature_B.detach()[:, None].expand(mask_BT.shape).flatten(),
+    )
+    return torch.stack(map_token_chunks(chunk_sum, *flat, chunk_tokens=chunk_tokens)).sum()
+
+
+def _log_softmax(logits_RV: Tensor, temperature_R: Tensor | None = None) -> Tensor:
+    logits_RV = logits_RV.to(compute_dtype(logits_RV))
+    if temperature_R is not None:
+        logits_RV = logits_RV / temperature_R[:, None].to(logits_RV.dtype)
+    return logits_RV.log_softmax(-1).clamp(min=LOG_ZERO)
+
+
+def _with_tail(log_p_RV: Tensor, top_RK: Tensor) -> Tensor:
+    """[R, K + 1]: the log-probabilities at top_RK, then the log of what all other tokens have together."""
+    # summed in logs, since 1 - sum(top) would lose a small tail to rounding
+    tail_R1 = log_p_RV.scatter(-1, top_RK, LOG_ZERO).logsumexp(-1, keepdim=True)
+    return torch.cat([log_p_RV.gather(-1, top_RK), tail_R1], dim=-1)
+
+
+def _kl_sum(log_p_RQ: Tensor, log_q_RQ: Tensor) -> Tensor:
+    return (log_p_RQ.exp() * (log_p_RQ - log_q_RQ)).sum()
+
+
+def _jsd_sum(log_p_RQ: Tensor, log_q_RQ: Tensor) -> Tensor:
+    log_m_RQ = torch.logaddexp(log_p_RQ, log_q_RQ) - math.log(2)
+    return 0.5 * (_kl_sum(log_p_RQ, log_m_RQ) + _kl_sum(log_q_RQ, log_m_RQ))
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward": _kl_sum,
+    "reverse": lambda log_p_RQ, log_q_RQ: _kl_sum(log_q_RQ, log_p_RQ),
+    "jsd": _jsd_sum,
+}

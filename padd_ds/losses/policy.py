@@ -1,0 +1,137 @@
+"""Policy objectives with one signature (PADD, Stage III: PR-GRPO).
+
+Shapes: B responses, T tokens in a sequence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from padd_ds.errors import UserError
+from padd_ds.losses.tokens import compute_dtype
+
+NORMALISATIONS = ("response", "token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """Constants of the objectives."""
+
+    clip_low: float = 0.2
+    """A ratio below 1 - clip_low is clipped; 0 to 1. Choice: the paper gives no eps."""
+    clip_high: float = 0.2
+    """A ratio above 1 + clip_high is clipped; >= 0."""
+    shift_penalty: float = 0.1
+    """lambda, the weight of the router shift in PR-GRPO; >= 0."""
+    normalisation: str = "response"
+    """`response`: all responses count the same, by the mean over their tokens (the paper); `token`: all
+    tokens do."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.clip_low <= 1 and self.clip_high >= 0 and self.shift_penalty >= 0):
+            raise UserError(f"{self}: clip_low must be in [0, 1], clip_high and shift_penalty at least 0")
+        if self.normalisation not in NORMALISATIONS:
+            known = ", ".join(NORMALISATIONS)
+            raise UserError(f"normalisation: {self.normalisation!r} is not one of {known}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyTerms:
+    """A loss to be minimised, and detached diagnostics; all are sums, and the tokens are unmasked ones."""
+
+    loss_sum: Tensor
+    """To be divided by `loss_count` of the global batch."""
+    ratio_deviation_sum: Tensor
+    """|pi / pi_old - 1| over tokens, before any penalty."""
+    penalty_sum: Tensor
+    """lambda * Gamma over all tokens, whatever their advantage, to stand beside ratio_deviation_sum."""
+    clipped_tokens: Tensor
+    """Tokens whose clipped branch was the smaller one, so that they gave no gradient."""
+    kl_old_sum: Tensor
+    """Estimate of KL(pi_old || pi), nats, over tokens: ratio - 1 - log ratio."""
+    tokens: Tensor
+
+
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PolicyOptions], PolicyTerms]
+
+
+def loss_count(mask_BT: Tensor, options: PolicyOptions) -> Tensor:
+    """What `loss_sum` is divided by: responses that have a token, or tokens; scalar int64.
+
+    Choice: a row without tokens is no response, so rows that only fill up a batch change nothing.
+    """
+    return mask_BT.bool().any(-1).sum() if options.normalisation == "response" else mask_BT.bool().sum()
+
+
+def grpo_sum(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantage_B: Tensor,
+    mask_BT: Tensor,
+    shift_BT: Tensor,
+    options: PolicyOptions,
+) -> PolicyTerms:
+    """-min(rho A, clip(rho) A), rho = pi / pi_old per token; the router shift is not looked at."""
+    mask_BT = mask_BT.bool()
+    log_ratio_BT = _masked_log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
+    penalty_BT = torch.zeros_like(log_ratio_BT)
+    return _clipped_terms(log_ratio_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
+
+
+def pr_grpo_sum(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantage_B: Tensor,
+    mask_BT: Tensor,
+    shift_BT: Tensor,
+    options: PolicyOptions,
+) -> PolicyTerms:
+    """As grpo_sum with rho * exp(-lambda Gamma 1[A < 0]) in both branches (PADD, Stage III).
+
+    shift_BT is Gamma >= 0, no gradient: how far each token's routing moved since the rollout.
+    """
+    mask_BT = mask_BT.bool()
+    log_ratio_BT = _masked_log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
+    shift_BT = shift_BT.detach().to(log_ratio_BT.dtype).masked_fill(~mask_BT, 0.0)
+    penalty_BT = options.shift_penalty * shift_BT
+    return _clipped_terms(log_ratio_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
+
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {"grpo": grpo_sum, "pr_grpo": pr_grpo_sum}
+
+
+def _masked_log_ratio(logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    dtype = compute_dtype(logprobs_BT, old_logprobs_BT)
+    difference_BT = logprobs_BT.to(dtype) - old_logprobs_BT.detach().to(dtype)
+    # before exp, so that whatever stands in padding neither overflows nor reaches a gradient
+    return difference_BT.masked_fill(~mask_BT, 0.0)
+
+
+def _clipped_terms(
+    log_ratio_BT: Tensor, penalty_BT: Tensor, advantage_B: Tensor, mask_BT: Tensor, options: PolicyOptions
+) -> PolicyTerms:
+    ratio_BT = log_ratio_BT.exp()
+    advantage_B1 = advantage_B.to(ratio_BT.dtype)[:, None]
+    discounted_BT = ratio_BT * torch.exp(-penalty_BT * (advantage_B1 < 0))
+    free_BT = discounted_BT * advantage_B1
+    clipped_BT = discounted_BT.clamp(1 - options.clip_low, 1 + options.clip_high) * advantage_B1
+    weight_BT = _token_weights(mask_BT, options, ratio_BT.dtype)
+    loss_sum = -(torch.minimum(free_BT, clipped_BT) * weight_BT).sum()
+    with torch.no_grad():
+        return PolicyTerms(
+            loss_sum=loss_sum,
+            ratio_deviation_sum=((ratio_BT - 1).abs() * mask_BT).sum(),
+            penalty_sum=(penalty_BT * mask_BT).sum(),
+            clipped_tokens=((clipped_BT < free_BT) & mask_BT).sum(),
+            kl_old_sum=((ratio_BT - 1 - log_ratio_BT) * mask_BT).sum(),
+            tokens=mask_BT.sum(),
+        )
+
+
+def _token_weights(mask_BT: Tensor, options: PolicyOptions, dtype: torch.dtype) -> Tensor:
+    mask_BT = mask_BT.to(dtype)
+    if options.normalisation == "token":
+        return mask_BT
+    return mask_BT / mask_BT.sum(-1, keepdim=True).clamp(min=1)

@@ -1,0 +1,1 @@
+"""The PADD router, its record, its balance."""

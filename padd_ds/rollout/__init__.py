@@ -1,0 +1,1 @@
+"""Responses, rewards, groups."""

@@ -1,0 +1,51 @@
+"""A rollout as tensors, and the slices that training takes from it.
+
+Legend: B responses of this rank, T prompt tokens (left-padded), R response tokens (right-padded).
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch:
+    """Prompts and responses of this rank with what they earned."""
+
+    prompt_ids_BT: torch.Tensor
+    prompt_mask_BT: torch.Tensor
+    response_ids_BR: torch.Tensor
+    response_mask_BR: torch.Tensor
+    """1 on the response's own tokens, the end token included; bool."""
+    advantage_B: torch.Tensor
+
+    @property
+    def n_responses(self) -> int:
+        return self.response_ids_BR.shape[0]
+
+    @property
+    def input_ids_BL(self) -> torch.Tensor:
+        """Prompt and response side by side, L = T + R."""
+        return torch.cat([self.prompt_ids_BT, self.response_ids_BR], dim=1)
+
+    @property
+    def attention_mask_BL(self) -> torch.Tensor:
+        return torch.cat([self.prompt_mask_BT, self.response_mask_BR.long()], dim=1)
+
+    def rows(self, index: torch.Tensor) -> "RolloutBatch":
+        """The responses at `index`, cut to the longest prompt and response among them."""
+        chosen = replace(self, **{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        n_prompt = int(chosen.prompt_mask_BT.sum(dim=1).max())
+        n_response = max(int(chosen.response_mask_BR.sum(dim=1).max()), 1)
+        return replace(
+            chosen,
+            prompt_ids_BT=chosen.prompt_ids_BT[:, -n_prompt:],
+            prompt_mask_BT=chosen.prompt_mask_BT[:, -n_prompt:],
+            response_ids_BR=chosen.response_ids_BR[:, :n_response],
+            response_mask_BR=chosen.response_mask_BR[:, :n_response],
+        )
+
+
+def response_positions(tensor_BL: torch.Tensor, n_response: int) -> torch.Tensor:
+    """Of [B, L, ...], the R positions that predict the response's tokens: one before each of them."""
+    return tensor_BL[:, -n_response - 1 : -1]

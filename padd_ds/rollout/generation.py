@@ -1,0 +1,127 @@
+"""Sampling responses from the live student, all ranks in step.
+
+Legend: P prompts, G responses per prompt, B = P * G responses, T prompt tokens (left-padded),
+R response tokens (right-padded).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How responses are drawn."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    share_prefill: bool = True
+    """Run each prompt once and copy its cache to its G responses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """Responses in the order of their prompts, the G of one prompt next to each other."""
+
+    ids_BR: torch.Tensor
+    mask_BR: torch.Tensor
+    """1 up to and including the end token; bool."""
+    ended_B: torch.Tensor
+    """Whether the end token came within the allowed length."""
+
+
+class RolloutEngine(Protocol):
+    """Whatever draws responses from the current weights."""
+
+    def generate(
+        self, prompt_ids_PT: torch.Tensor, prompt_mask_PT: torch.Tensor, group_size: int, sampling: Sampling
+    ) -> Responses:
+        """`group_size` responses to each prompt; called by all ranks with the same number of prompts."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceRollout:
+    """transformers' `generate` on the training engine's own module.
+
+    With `ranks_in_step` every rank runs as many forward passes as the slowest one: experts of other
+    ranks are reached by collectives, so a rank that stopped early would leave the others waiting.
+    """
+
+    model: Any
+    end_token_ids: tuple[int, ...]
+    pad_token_id: int
+    ranks_in_step: bool
+
+    @torch.no_grad()
+    def generate(
+        self, prompt_ids_PT: torch.Tensor, prompt_mask_PT: torch.Tensor, group_size: int, sampling: Sampling
+    ) -> Responses:
+        cache = None
+        if sampling.share_prefill and prompt_ids_PT.shape[1] > 1:
+            cache = self._shared_prefill(prompt_ids_PT, prompt_mask_PT, group_size)
+        ids_BT = prompt_ids_PT.repeat_interleave(group_size, dim=0)
+        mask_BT = prompt_mask_PT.repeat_interleave(group_size, dim=0)
+        sampled = sampling.temperature > 0
+        sequences_BL = self.model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            past_key_values=cache,
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampled,
+            temperature=sampling.temperature if sampled else None,
+            top_p=sampling.top_p if sampled else None,
+            top_k=0 if sampled else None,
+            eos_token_id=list(self.end_token_ids),
+            pad_token_id=self.pad_token_id,
+            synced_gpus=self.ranks_in_step,
+        )
+        return split_responses(sequences_BL[:, ids_BT.shape[1] :], self.end_token_ids)
+
+    def _shared_prefill(self, ids_PT: torch.Tensor, mask_PT: torch.Tensor, group_size: int) -> DynamicCache:
+        """The cache of all prompt tokens but the last, repeated for the group; `generate` runs the last."""
+        cache = DynamicCache(config=self.model.config)
+        positions_PT = (mask_PT.long().cumsum(-1) - 1).clamp(min=0)
+        self.model.model(
+            input_ids=ids_PT[:, :-1],
+            attention_mask=mask_PT[:, :-1],
+            position_ids=positions_PT[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.batch_repeat_interleave(group_size)
+        return cache
+
+
+def split_responses(ids_BR: torch.Tensor, end_token_ids: tuple[int, ...]) -> Responses:
+    """Mask of the real tokens: everything up to and including the first end token."""
+    is_end_BR = torch.isin(ids_BR, torch.tensor(end_token_ids, device=ids_BR.device))
+    ends_before_BR = is_end_BR.long().cumsum(-1) - is_end_BR.long()
+    return Responses(ids_BR=ids_BR, mask_BR=ends_before_BR == 0, ended_B=is_end_BR.any(dim=-1))
+
+
+def generate_in_batches(
+    generate: Callable[[torch.Tensor, torch.Tensor], Responses],
+    ids_PT: torch.Tensor,
+    mask_PT: torch.Tensor,
+    prompts_per_batch: int,
+    pad_token_id: int,
+) -> Responses:
+    """`generate` on `prompts_per_batch` prompts at a time, joined and padded to the longest response."""
+    chunks = zip(ids_PT.split(prompts_per_batch), mask_PT.split(prompts_per_batch), strict=True)
+    parts = [generate(ids, mask) for ids, mask in chunks]
+    width = max(part.ids_BR.shape[1] for part in parts)
+
+    def widened(tensor_BR: torch.Tensor, value: int) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor_BR, (0, width - tensor_BR.shape[1]), value=value)
+
+    return Responses(
+        ids_BR=torch.cat([widened(part.ids_BR, pad_token_id) for part in parts]),
+        mask_BR=torch.cat([widened(part.mask_BR, 0) for part in parts]),
+        ended_B=torch.cat([part.ended_B for part in parts]),
+    )

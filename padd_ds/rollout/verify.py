@@ -1,0 +1,178 @@
+"""Answers judged in worker processes that a hung or dying comparison cannot take the run down with.
+
+Workers are plain child processes that speak JSON lines: `multiprocessing` (and pools built on it) would
+import the training script, and with it torch, again in each of them.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from padd_ds.data.answers import AnswerFormat, extract_answer, is_integer, same_answer
+from padd_ds.rollout.verify_worker import READY, encode_task
+
+STATUSES = ("ok", "no_answer", "gold_unparsable", "timeout", "error")
+_START_TIMEOUT_S = 120.0
+_WORKER_COMMAND = (sys.executable, "-m", "padd_ds.rollout.verify_worker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What is known of one response; `correct` is True with status `ok` only."""
+
+    correct: bool
+    status: str
+    """`ok`: compared. `no_answer`: the response holds none. `gold_unparsable`: the gold answer is at fault.
+    `timeout`: took too long. `error`: the worker died of it."""
+    extracted: str
+    """The answer found in the response, empty if none."""
+
+
+class AnswerChecker:
+    """Checks responses against gold answers; a context manager that ends its processes on leaving.
+
+    Workers start when first needed. A worker that hangs or dies costs its response `timeout_s` and the run
+    nothing: it is killed, and a new one starts for the next response.
+    """
+
+    def __init__(
+        self,
+        answer_format: AnswerFormat | None = None,
+        *,
+        workers: int = 1,
+        timeout_s: float = 5.0,
+        command: Sequence[str] = _WORKER_COMMAND,
+    ) -> None:
+        self._format = answer_format or AnswerFormat()
+        self._timeout_s = timeout_s
+        self._workers = [_Worker(command) for _ in range(workers)]
+
+    def __enter__(self) -> "AnswerChecker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers and wait for them; the checker can be used again afterwards."""
+        for worker in self._workers:
+            worker.close()
+
+    def check(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """One verdict per (response, gold), in order; equal pairs are judged once."""
+        verdicts = {pair: self._judge_here(*pair) for pair in dict.fromkeys(pairs)}
+        open_pairs = [pair for pair, verdict in verdicts.items() if verdict is None]
+        verdicts.update(zip(open_pairs, self._judge_in_workers(open_pairs), strict=True))
+        return [verdict for pair in pairs if (verdict := verdicts[pair]) is not None]
+
+    def _judge_here(self, response: str, gold: str) -> Verdict | None:
+        # `pattern` is the user's own and may backtrack for ever, so it is left to the workers.
+        if self._format.name in ("auto", "pattern"):
+            return None
+        extracted = extract_answer(response, self._format)
+        if extracted is None:
+            return Verdict(correct=False, status="no_answer", extracted="") if is_integer(gold) else None
+        same = same_answer(extracted, gold)
+        if same is None:
+            return None
+        return Verdict(correct=same, status="ok", extracted=extracted)
+
+    def _judge_in_workers(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        if not pairs:
+            return []
+        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            idle.put(worker)
+
+        def judge(pair: tuple[str, str]) -> Verdict:
+            worker = idle.get()
+            try:
+                return worker.judge(pair[0], pair[1], self._format, self._timeout_s)
+            finally:
+                idle.put(worker)
+
+        with ThreadPoolExecutor(len(self._workers)) as pool:
+            return list(pool.map(judge, pairs))
+
+
+class _Worker:
+    """One child process, started when needed and again after its death. Used by one thread at a time."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._received = b""
+
+    def judge(self, response: str, gold: str, answer_format: AnswerFormat, timeout_s: float) -> Verdict:
+        process = self._process or self._start()
+        assert process.stdin is not None
+        deadline = time.monotonic() + timeout_s
+        try:
+            # A task is read whole before it is worked on, so this does not wait for a busy worker.
+            process.stdin.write(encode_task(response, gold, answer_format, timeout_s).encode())
+            process.stdin.flush()
+            return Verdict(**self._receive(deadline))
+        except TimeoutError:
+            self.close(at_once=True)
+            return Verdict(correct=False, status="timeout", extracted="")
+        except (EOFError, BrokenPipeError):
+            self.close(at_once=True)
+            return Verdict(correct=False, status="error", extracted="")
+
+    def close(self, *, at_once: bool = False) -> None:
+        process, self._process, self._received = self._process, None, b""
+        if process is None:
+            return
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(timeout=0 if at_once else 2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=-1
+            )
+            self._process = process
+            try:
+                ready = self._receive(time.monotonic() + _START_TIMEOUT_S)
+            except (EOFError, TimeoutError) as error:
+                self.close(at_once=True)
+                errors.seek(0)
+                reason = errors.read().decode(errors="replace").strip() or repr(error)
+                raise RuntimeError(f"the answer checker's process did not start: {reason}") from error
+        assert ready == READY, ready
+        return process
+
+    def _receive(self, deadline: float) -> Any:
+        """The next JSON line; TimeoutError at `deadline`, EOFError if the process has ended."""
+        assert self._process is not None and self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        while b"\n" not in self._received:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not select.select([descriptor], [], [], left_s)[0]:
+                raise TimeoutError
+            chunk = os.read(descriptor, 2**16)
+            if not chunk:
+                raise EOFError
+            self._received += chunk
+        line, _, self._received = self._received.partition(b"\n")
+        return json.loads(line)
