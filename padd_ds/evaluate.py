@@ -112,7 +112,7 @@ def read_problems(args: argparse.Namespace) -> list[Problem]:
         gold_format=args.gold_format,
     )
     rows = read_rows(args.data, args.split)[: args.limit]
-    return map_rows(rows, fields, key=f"{args.data}: fields")
+    return map_rows(rows, fields, args.data, "--{role}-field")
 
 
 def read_text(path: Path) -> str:

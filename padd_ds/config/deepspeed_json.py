@@ -21,21 +21,25 @@ OWNED_BY_RUN_YAML = {
 """Keys that must not stand in the JSON, and the run option that sets each."""
 
 TOP_LEVEL_KEYS = frozenset(
-    """activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type
+    """
+    activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type
     compression_training csv_monitor data_efficiency data_types disable_allgather dump_state elasticity eigenvalue
     expert_parallel flops_profiler fp16 gradient_clipping gradient_predivide_factor memory_breakdown
     prescale_gradients seq_parallel_communication_data_type sparse_gradients tensor_parallel timers torch_autocast
     use_data_before_expert_parallel_parallelism wall_clock_breakdown zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization""".split()
+    zero_force_ds_cpu_optimizer zero_optimization
+    """.split()
 )
 
 EXPERT_PARALLEL_KEYS = frozenset(
-    """enabled autoep_size preset_model moe_layer_pattern expert_pattern router_pattern use_grouped_mm
+    """
+    enabled autoep_size preset_model moe_layer_pattern expert_pattern router_pattern use_grouped_mm
     disable_triton_grouped_mm route_norm route_scale score_apply combine_impl row_weighting_impl gate_up_impl
-    comm_backend comm_num_sm comm_qp_margin comm_max_tokens_per_rank num_expert_groups num_limited_groups score_func
-    top_k routed_scaling_factor expert_w1 expert_w2 expert_w3 num_experts_attr top_k_attr has_shared_experts
-    shared_experts_pattern shared_experts_gate_pattern expert_activation async_split_plan
-    expert_tensor_parallel_size validate_folding_routing""".split()
+    comm_backend comm_num_sm comm_qp_margin comm_max_tokens_per_rank num_expert_groups num_limited_groups
+    score_func top_k routed_scaling_factor expert_w1 expert_w2 expert_w3 num_experts_attr top_k_attr
+    has_shared_experts shared_experts_pattern shared_experts_gate_pattern expert_activation async_split_plan
+    expert_tensor_parallel_size validate_folding_routing
+    """.split()
 )
 """DeepSpeed reads this section key by key and ignores the rest in silence."""
 
@@ -45,7 +49,9 @@ SUPPORTED_ZERO_STAGES = (0, 1, 2)
 def load_deepspeed_json(path: Path) -> dict[str, Any]:
     """The JSON at `path`; UserError on unknown keys, "auto", or what the run YAML owns."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; the run's option deepspeed names a JSON, for example one of ds_configs/")
+        raise UserError(
+            f"{path}: no such file; the run's option deepspeed names a JSON, for example one of ds_configs/"
+        )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

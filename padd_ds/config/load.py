@@ -56,7 +56,7 @@ def unknown_keys(tree: dict[str, Any], schema: type, prefix: str = "") -> list[s
 
 
 def nearest(key: str, known: set[str]) -> str:
-    """"; did you mean X?" or the list of known keys."""
+    """ "; did you mean X?" or the list of known keys."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(sorted(known))}"
 

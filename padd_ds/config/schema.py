@@ -254,8 +254,8 @@ class RunConfig:
     """Warm-up: optimiser steps (PADD: 1000). Joint: rollouts (PADD: 600)."""
     micro_batch_size: Count = 4
     """Sequences that one rank runs at a time in training."""
-    scoring_batch_size: Count = 16
-    """Sequences that one rank runs at a time where no gradient is needed."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input and compute the rest again in the backward pass: less memory, a third slower."""
     seed: int = 0
     """Everything random follows from it."""
     model: ModelConfig

@@ -103,10 +103,9 @@ def student_config(config: Any, family: Family, slicing: Slicing, dtype_name: st
     each, and exactly 1 where all are chosen with equal scores.
     """
     fields = {name: getattr(config, name) for name in COPIED_FIELDS}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Glm4MoeConfig(
         **fields,
-        head_dim=head_dim,
+        head_dim=head_dim_of(config),
         attention_bias=family.qkv_bias,
         use_qk_norm=family.qk_norm,
         # The class would rotate half of each head; both places are read by its loaders.
@@ -126,6 +125,11 @@ def student_config(config: Any, family: Family, slicing: Slicing, dtype_name: st
         architectures=["Glm4MoeForCausalLM"],
         dtype=dtype_name,
     )
+
+
+def head_dim_of(config: Any) -> int:
+    """Width of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def layer_map(student_layers: int, teacher_layers: int) -> list[int]:

@@ -9,6 +9,7 @@ CLUSTERINGS = ("activations", "weights", "random", "contiguous")
 ROUTERS = ("calibrated", "centroid", "random")
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 MAX_LISTED_COUNT = 512
+ROW_BYTES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +102,29 @@ class Slicing:
 
     def __post_init__(self) -> None:
         if self.width % self.experts:
-            counts = [n for n in range(self.shared + 2, MAX_LISTED_COUNT + 1) if self.width % n == 0]
             raise UserError(
                 f"--experts is {self.experts}, which does not divide the teacher's FFN width {self.width}; "
-                f"counts that work: {', '.join(map(str, counts)) or 'none'}"
+                f"{self._counts_that_work()}"
             )
+
+    def check_alignment(self, element_bytes: int) -> None:
+        """UserError unless the rows of an expert's matrices are whole multiples of 16 bytes.
+
+        Grouped matrix products, which transformers uses by default, refuse anything else.
+        """
+        if self.slice_width * element_bytes % ROW_BYTES:
+            raise UserError(
+                f"--experts {self.experts} makes slices of {self.slice_width} neurons, {self.slice_width * element_bytes} "
+                f"bytes a row, which is no multiple of {ROW_BYTES} bytes; {self._counts_that_work()}"
+            )
+
+    def _counts_that_work(self) -> str:
+        counts = [
+            count
+            for count in range(self.shared + 2, MAX_LISTED_COUNT + 1)
+            if self.width % count == 0 and self.width // count * 2 % ROW_BYTES == 0
+        ]
+        return f"counts that work in every dtype: {', '.join(map(str, counts)) or 'none'}"
 
     @property
     def routed(self) -> int:

@@ -44,29 +44,38 @@ class FieldMap:
             raise UserError(f"gold_format {self.gold_format!r} is unknown; choose one of {choices}")
 
 
-def map_rows(rows: Sequence[Mapping[str, Any]], fields: FieldMap, key: str = "data.fields") -> list[Problem]:
+def map_rows(
+    rows: Sequence[Mapping[str, Any]],
+    fields: FieldMap,
+    source: str = "the data",
+    key: str = "data.fields.{role}",
+) -> list[Problem]:
     """The problems of `rows`, in order.
 
-    `key` is the config key (or command-line option) of the field map, named in errors. UserError for an
-    absent field, with the row's number from 1. Worked text without a final answer gives answer "", which
-    an answer checker reports as an unparsable gold answer rather than as a wrong response.
+    UserError for an absent field, with the row's number from 1; it names `source` and the config key (or
+    command-line option) `key`, where `{role}` stands for question, answer, solution or subject. Worked text
+    without a final answer gives answer "", which an answer checker reports as an unparsable gold answer
+    rather than as a wrong response.
     """
-    return [_map_row(row, number, fields, key) for number, row in enumerate(rows, start=1)]
+    for role in ("question", "answer", "solution", "subject"):
+        _check_field(rows, getattr(fields, role), source, key.replace("{role}", role))
+    return [_map_row(row, fields) for row in rows]
 
 
-def _map_row(row: Mapping[str, Any], number: int, fields: FieldMap, key: str) -> Problem:
-    def get(role: str, name: str) -> Any:
-        if row.get(name) is None:
+def _check_field(rows: Sequence[Mapping[str, Any]], name: str | None, source: str, key: str) -> None:
+    for number, row in enumerate(rows, start=1):
+        if name is not None and row.get(name) is None:
             there = ", ".join(row) or "none"
             raise UserError(
-                f"row {number} has no {name!r} (fields: {there}); set {key}.{role} to one of them"
+                f"{source}: row {number} has no {name!r} (fields: {there}); set {key} to one of them"
             )
-        return row[name]
 
-    question = str(get("question", fields.question))
-    solution = str(get("solution", fields.solution)) if fields.solution else None
-    subject = str(get("subject", fields.subject)) if fields.subject else None
-    answer = answer_text(get("answer", fields.answer))
+
+def _map_row(row: Mapping[str, Any], fields: FieldMap) -> Problem:
+    question = str(row[fields.question])
+    solution = str(row[fields.solution]) if fields.solution else None
+    subject = str(row[fields.subject]) if fields.subject else None
+    answer = answer_text(row[fields.answer])
     if fields.gold_format == "gsm8k":
         worked, mark, final = answer.rpartition(_GSM8K_MARK)
         answer, worked = (final.strip(), worked) if mark else ("", answer)

@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.utils import set_z3_leaf_modules
 from transformers import get_scheduler
 
 from padd_ds.config.schema import OptimizerConfig, RunConfig
@@ -55,6 +54,11 @@ class Student:
     def step(self) -> None:
         """At an accumulation boundary: reduce, clip, update, advance the schedule."""
         self.engine.step()
+
+    def optimiser_metrics(self) -> dict[str, float]:
+        """Gradient norm (before clipping) and learning rate of the last step."""
+        norm = self.engine.get_global_grad_norm()
+        return {"grad_norm": float(norm or 0.0), "learning_rate": float(self.engine.get_lr()[0])}
 
     @contextmanager
     def routing(self, mode: RoutingMode, *, noise: float = 0.0) -> Iterator[None]:
@@ -108,7 +112,7 @@ def build_student(
         lr_scheduler=_scheduler(config.optimizer, total_steps),
     )
     layers = [module for module in engine.module.modules() if isinstance(module, AutoEPMoELayer)]
-    control = RoutingControl(generator=torch.Generator(device=ranks.device))
+    control = RoutingControl()
     for index, (layer, bias_E) in enumerate(zip(layers, selection_biases, strict=True)):
         layer.router = _padd_router(layer, bias_E.to(ranks.device), index, control)
     return Student(engine=engine, layers=layers, control=control, ranks=ranks)
@@ -156,8 +160,3 @@ def _complete_tree(
         "steps_per_print": 2**31,
         "expert_parallel": expert_parallel_keys(model_config) | tree["expert_parallel"],
     }
-
-
-def mark_moe_leaves(model: Any) -> None:
-    """ZeRO-3 gathers a whole MoE block at once: ranks run different experts, so it must not hook each."""
-    set_z3_leaf_modules(model, [AutoEPMoELayer])

@@ -54,4 +54,6 @@ def load_benchmark(name: str, data_dir: Path | None = None) -> list[Problem]:
         raise UserError(f"benchmark {name} is read from a file; pass --data-dir with {benchmark.file} in it")
     source = benchmark.hub if data_dir is None else str(data_dir.expanduser().absolute() / benchmark.file)
     assert source is not None
-    return map_rows(read_rows(source, benchmark.split), benchmark.fields, key=f"benchmark {name}")
+    return map_rows(
+        read_rows(source, benchmark.split), benchmark.fields, source, "--{role}-field, with --data,"
+    )

@@ -34,8 +34,8 @@ class BalanceOptions:
     centred: bool = True
     """Choice: the EMA counts relative to its mean over the experts; false takes it whole, as printed."""
     clamp: float | None = 2.0
-    """Choice: the largest |bias|; None for no limit, as printed. Even load takes a bias as large as the distance
-    of an expert's mean score from the others': 2 spreads reach the outliers (0.5 stalls), while a runaway stops."""
+    """Choice: the largest |bias|; None for no limit, as printed. An even load needs a bias as large as the
+    distance of an expert's mean score from the others': 2 spreads reach outliers, while a runaway stops."""
     scale_by_spread: bool = True
     """Choice: rates and clamp are multiplied by the spread; false takes them as they are, as printed."""
 

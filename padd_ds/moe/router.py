@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from padd_ds.seeds import derive_seed
+
 RoutingMode = Literal["routed", "sample", "dense"]
 
 
@@ -37,8 +39,8 @@ class RoutingControl:
     """`routed`: the K best scores. `sample`: K distinct experts drawn uniformly, equal weights. `dense`: all."""
     noise: float = 0.0
     """Standard deviation of normal noise on the selection, in spreads of the scores."""
-    generator: torch.Generator | None = None
-    """Source of `sample` draws and of noise."""
+    seed: int = 0
+    """Draws and noise follow from it and the layer alone, so that activation checkpointing repeats them."""
     record: RoutingRecord | None = None
     """Where to report; None keeps nothing."""
 
@@ -71,6 +73,9 @@ class PaddRouter(nn.Module):
     model's precision. `e_score_correction_bias` [E] enters the selection only and stands in the
     checkpoint format; `logit_bias` [E] is added to the logits (the paper's form) and does not.
     """
+
+    e_score_correction_bias: torch.Tensor
+    logit_bias: torch.Tensor
 
     def __init__(
         self,
@@ -117,12 +122,14 @@ class PaddRouter(nn.Module):
         control = self.control
         if control.mode == "dense":
             return torch.arange(self.num_experts, device=scores_SE.device).expand_as(scores_SE).contiguous()
+        device = scores_SE.device
+        generator = torch.Generator(device).manual_seed(derive_seed(control.seed, self.layer))
         if control.mode == "sample":
-            draws_SE = torch.rand(scores_SE.shape, generator=control.generator, device=scores_SE.device)
+            draws_SE = torch.rand(scores_SE.shape, generator=generator, device=device)
             return draws_SE.topk(self.top_k, dim=-1).indices
         choice_SE = scores_SE + self.e_score_correction_bias
         if control.noise > 0:
-            noise_SE = torch.randn(scores_SE.shape, generator=control.generator, device=scores_SE.device)
+            noise_SE = torch.randn(scores_SE.shape, generator=generator, device=device)
             choice_SE = choice_SE + control.noise * score_spread(scores_SE) * noise_SE
         return choice_SE.topk(self.top_k, dim=-1, sorted=False).indices
 

@@ -1,0 +1,69 @@
+# Everything that is run by hand, a line each: `make` lists it.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Data folder and model of the evaluation targets.
+DATA ?=
+MODEL ?=
+RESULTS ?= results
+EVAL_ARGS ?=
+
+LINTED := padd_ds tests tools
+RUFF_RULES := --line-length 120 --select E,F,I,B,UP,SIM,C4,RUF --ignore SIM905
+
+.PHONY: help setup check-system demo demo-tiny test lint test-fast eval-gsm8k eval-math500 clean
+
+help:  ## list the targets
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
+
+setup: $(READY)  ## build .venv with the tested versions (once)
+
+demo: $(READY)  ## SmolLM2-135M -> MoE student -> warm-up -> joint training -> table and report.html in demo/
+	$(BIN)/python tools/demo.py --output demo
+
+demo-tiny: $(READY)  ## the same in minutes, with a tiny teacher trained from scratch, in demo-tiny/
+	$(BIN)/python tools/demo_tiny.py --output demo-tiny
+
+test: lint  ## lint, types and all tests (CI runs this)
+	$(BIN)/python -m pytest
+
+test-fast: lint  ## all but the tests marked slow
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check $(RUFF_RULES) $(LINTED)
+	$(BIN)/ruff format --line-length 120 --check $(LINTED)
+	$(BIN)/mypy
+
+eval-gsm8k: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 on GSM8K's test set
+	$(call evaluate,gsm8k)
+
+eval-math500: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 on MATH500
+	$(call evaluate,math500)
+
+clean:  ## delete .venv and caches
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info
+
+define evaluate
+	@test -n "$(MODEL)" || { echo "error: MODEL is not set; for example: make eval-$(1) MODEL=students/joint" >&2; exit 2; }
+	$(BIN)/padd-eval --model "$(MODEL)" --benchmark $(1) $(if $(DATA),--data-dir "$(DATA)") \
+	    --output "$(RESULTS)/$(1)-$(notdir $(patsubst %/,%,$(MODEL))).json" $(EVAL_ARGS)
+endef
+
+# torch goes in first and by its exact version: left to the resolver, a newer and far larger build may come.
+$(READY): setup.cfg pyproject.toml constraints.txt | check-system
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$$(grep '^torch==' constraints.txt)" setuptools wheel
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $(READY)
+
+check-system:
+	@tools/check_system.sh $(PYTHON)

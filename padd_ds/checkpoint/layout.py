@@ -1,0 +1,63 @@
+"""What a run's checkpoints hold, and which of them are whole.
+
+A checkpoint is `checkpoints/step_N/`: `deepspeed/` (optimizer, schedule, model as DeepSpeed keeps it, for
+resuming), `weights/` (the student under its Hugging Face names, one safetensors file per writing rank, for
+padd-export), `stage.safetensors` (what the stage remembers), and `manifest.json`, written last.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from padd_ds.errors import UserError
+
+MANIFEST = "manifest.json"
+DEEPSPEED_TAG = "deepspeed"
+WEIGHTS = "weights"
+STAGE_STATE = "stage.safetensors"
+STUDENT = "student"
+"""Folder of a run with the student's config, tokenizer and conversion files: all of it but the weights."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    step: int
+    """Steps that were done when it was written; training goes on with this step."""
+    facts: Mapping[str, Any]
+    """The manifest: step, stage, world, expert_parallel, bias_target, and the files' sizes in bytes."""
+
+
+def find_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """The whole checkpoints of a run, oldest first; a folder without a manifest is none.
+
+    UserError for one whose files do not have the sizes of its manifest.
+    """
+    found = [_read(path.parent) for path in (run_dir / "checkpoints").glob(f"step_*/{MANIFEST}")]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def choose_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
+    """The checkpoint of `step`, or the newest; UserError if there is none."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run folder")
+    checkpoints = find_checkpoints(run_dir)
+    steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints) or "none"
+    chosen = [checkpoint for checkpoint in checkpoints if step in (None, checkpoint.step)]
+    if not chosen:
+        wanted = "a whole checkpoint" if step is None else f"a whole checkpoint of step {step}"
+        raise UserError(f"{run_dir}: does not hold {wanted} (there are: {steps})")
+    return chosen[-1]
+
+
+def _read(folder: Path) -> Checkpoint:
+    facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    for name, size in facts["bytes"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise UserError(f"{path}: missing or not {size} bytes long; the checkpoint is damaged, delete {folder}")
+    return Checkpoint(folder=folder, step=facts["step"], facts=facts)

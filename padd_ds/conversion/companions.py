@@ -1,0 +1,96 @@
+"""The files beside a student's weights: tokenizer, generation config, model card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from padd_ds.conversion.options import ConversionOptions, Slicing
+from padd_ds.errors import UserError
+from padd_ds.hf import load_tokenizer
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+TEMPLATE_FOLDER = "additional_chat_templates"
+PROBE_TEXT = "Ada's 12+34 = 46?\n\n  naïve \t<x> 東京 ▁"
+CARD = """---
+base_model: {base}
+library_name: transformers
+tags:
+- mixture-of-experts
+---
+# {name}
+
+A mixture-of-experts student cut out of the dense model `{base}` by `padd-convert`. It is **not trained yet**:
+with all experts active it equals its teacher, with {top_k} of {routed} routed experts it is weaker.
+
+Every FFN of {width} neurons is cut into {experts} slices of {slice_width}: {shared} always on, {routed} routed, of which
+{top_k} per token ({active:.0%} of the FFN active). Groups: `{cluster}`; router: `{router}`; seed {seed}.
+
+`padd_conversion.json` holds the figures of the conversion, `padd_targets.safetensors` what the training needs.
+The licence is the teacher's.
+"""
+
+
+def copy_tokenizer(teacher: Path, student: Path, trust_remote_code: bool) -> None:
+    """Copy the tokenizer with its chat template, and check that it loads and encodes as before."""
+    original = load_tokenizer(str(teacher), trust_remote_code=trust_remote_code)
+    for name in TOKENIZER_FILES:
+        if (teacher / name).is_file():
+            shutil.copyfile(teacher / name, student / name)
+    if (teacher / TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(teacher / TEMPLATE_FOLDER, student / TEMPLATE_FOLDER)
+    _name_tokenizer_class(student, type(original).__name__)
+    copied = load_tokenizer(str(student), trust_remote_code=trust_remote_code)
+    same = copied(PROBE_TEXT)["input_ids"] == original(PROBE_TEXT)["input_ids"] and len(copied) == len(original)
+    if not same or copied.chat_template != original.chat_template:
+        raise UserError(f"{teacher}: its tokenizer does not load the same from its files; save it anew with transformers")
+
+
+def _name_tokenizer_class(folder: Path, class_name: str) -> None:
+    # Without a name transformers chooses by model type, which is another one in the student.
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "tokenizer_class" not in settings:
+        settings["tokenizer_class"] = class_name
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_generation_config(teacher: Path, student: Path, config: Any) -> None:
+    """The teacher's generation config, or one made from its model config."""
+    source = teacher / "generation_config.json"
+    if source.is_file():
+        shutil.copyfile(source, student / source.name)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(student)
+
+
+def write_card(folder: Path, options: ConversionOptions, slicing: Slicing) -> None:
+    """A short README.md for the student."""
+    text = CARD.format(
+        base=Path(options.teacher).name if Path(options.teacher).exists() else options.teacher,
+        name=options.output.name,
+        top_k=slicing.top_k,
+        routed=slicing.routed,
+        width=slicing.width,
+        experts=slicing.experts,
+        slice_width=slicing.slice_width,
+        shared=slicing.shared,
+        active=slicing.active_share,
+        cluster=options.cluster,
+        router=options.router,
+        seed=options.seed,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,106 @@
+"""Writing and reading a run's checkpoints from all ranks.
+
+What a checkpoint holds stands in padd_ds/checkpoint/layout.py.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from padd_ds.checkpoint.layout import DEEPSPEED_TAG, MANIFEST, STAGE_STATE, WEIGHTS, Checkpoint, find_checkpoints
+from padd_ds.engine.ranks import Ranks, barrier, together
+from padd_ds.engine.student import Student
+from padd_ds.engine.weights import local_tensors
+from padd_ds.errors import UserError
+from padd_ds.files import disk_full_is_user_error
+
+
+def save_checkpoint(
+    student: Student,
+    run_dir: Path,
+    step: int,
+    stage_state: Mapping[str, torch.Tensor],
+    facts: Mapping[str, Any],
+) -> Path:
+    """Write `checkpoints/step_{step}` from all ranks; it appears under its name only when all have written."""
+    final = run_dir / "checkpoints" / f"step_{step}"
+    partial = final.with_name(f".{final.name}.partial")
+    ranks = student.ranks
+    together(lambda: _fresh_folder(partial) if ranks.is_main else None, ranks)
+    together(lambda: _write_own_files(student, partial, stage_state), ranks)
+    student.engine.save_checkpoint(str(partial), tag=DEEPSPEED_TAG, save_latest=False)
+    together(lambda: _seal(partial, final, {"step": step, **facts}) if ranks.is_main else None, ranks)
+    return final
+
+
+def load_checkpoint(student: Student, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Put the student back to where `checkpoint` left it; returns the stage's own tensors.
+
+    UserError if it was written by another number of ranks or another expert-parallel size.
+    """
+    for key, here in (("world", student.ranks.world), ("expert_parallel", student.expert_parallel_size)):
+        there = checkpoint.facts[key]
+        if there != here:
+            raise UserError(f"{checkpoint.folder}: written with {key} {there}, resumed with {here}; use {there}")
+    with _trusted_deepspeed_types():
+        student.engine.load_checkpoint(str(checkpoint.folder), tag=DEEPSPEED_TAG)
+    return load_file(checkpoint.folder / STAGE_STATE)
+
+
+def rotate_checkpoints(run_dir: Path, keep: int, ranks: Ranks) -> None:
+    """Delete all but the newest `keep` whole checkpoints, on rank 0."""
+    if ranks.is_main:
+        for checkpoint in find_checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(checkpoint.folder)
+    barrier()
+
+
+def _fresh_folder(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / WEIGHTS).mkdir(parents=True)
+
+
+def _write_own_files(student: Student, partial: Path, stage_state: Mapping[str, torch.Tensor]) -> None:
+    with disk_full_is_user_error(partial):
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in local_tensors(student)}
+        if tensors:
+            save_file(tensors, partial / WEIGHTS / f"rank_{student.ranks.rank:05d}.safetensors")
+        if student.ranks.is_main:
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in stage_state.items()},
+                partial / STAGE_STATE,
+            )
+
+
+def _seal(partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
+    with disk_full_is_user_error(final):
+        sizes = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
+        (partial / MANIFEST).write_text(json.dumps({**facts, "bytes": sizes}, indent=1), encoding="utf-8")
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(partial, final)
+
+
+@contextmanager
+def _trusted_deepspeed_types() -> Iterator[None]:
+    """Let DeepSpeed's loader read tensors and plain values only, plus the few classes that it saves itself."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]):
+            yield
+    finally:
+        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        if before is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before

@@ -1,0 +1,145 @@
+"""One rollout: prompts drawn, responses sampled, rewards checked, advantages formed.
+
+Legend: P prompts of this rank, G responses per prompt, B = P * G, T prompt tokens, R response tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from padd_ds.config.schema import RolloutConfig
+from padd_ds.data.batches import batch_indices, prompt_batch
+from padd_ds.data.problems import Problem
+from padd_ds.data.prompts import PromptTemplate, render
+from padd_ds.losses.advantage import group_advantages, groups_without_spread
+from padd_ds.rollout.batch import RolloutBatch
+from padd_ds.rollout.generation import Responses, RolloutEngine, Sampling, generate_in_batches
+from padd_ds.rollout.rewards import Reward, RewardOptions, score_responses
+from padd_ds.rollout.verify import AnswerChecker
+from padd_ds.seeds import derive_seed
+
+SAMPLES_KEPT = 2
+"""Responses per rollout that go into samples.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """A rank's share of a rollout."""
+
+    batch: RolloutBatch
+    metrics: dict[str, tuple[float, float]]
+    """(sum, count) on this rank by name."""
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collector:
+    """Draws the prompts of a step and turns them into a rollout."""
+
+    engine: RolloutEngine
+    tokenizer: Any
+    problems: list[Problem]
+    template: PromptTemplate
+    checker: AnswerChecker
+    reward_options: RewardOptions
+    options: RolloutConfig
+    max_prompt_tokens: int
+    seed: int
+    rank: int
+    world: int
+    device: torch.device
+
+    def collect(self, step: int) -> Rollout:
+        """The rollout of `step`: a function of the weights, the step and the seed. Collective."""
+        rows = batch_indices(step, self.options.prompts, len(self.problems), self.seed)
+        problems = [self.problems[row] for row in rows[self.rank :: self.world]]
+        prompts = [render(self.template, problem, self.tokenizer) for problem in problems]
+        encoded = prompt_batch(prompts, self.tokenizer, self.max_prompt_tokens)
+        ids_PT, mask_PT = (
+            encoded["input_ids_BT"].to(self.device),
+            encoded["attention_mask_BT"].to(self.device),
+        )
+        # generate() draws from torch's global generator; one seed per step and rank needs no state to resume.
+        torch.manual_seed(derive_seed(self.seed, step, self.rank))
+        responses = self._generate(ids_PT, mask_PT)
+        texts = self._decode(responses)
+        golds = [problem.answer for problem in problems for _ in range(self.options.group_size)]
+        ended = responses.ended_B.tolist()
+        rewards = score_responses(texts, golds, ended, self.checker, self.reward_options)
+        advantage_B = self._advantages(rewards)
+        group_size = self.options.group_size
+        batch = RolloutBatch(
+            prompt_ids_BT=ids_PT.repeat_interleave(group_size, dim=0),
+            prompt_mask_BT=mask_PT.repeat_interleave(group_size, dim=0),
+            response_ids_BR=responses.ids_BR,
+            response_mask_BR=responses.mask_BR,
+            advantage_B=advantage_B,
+        )
+        samples = _samples(problems, texts, rewards, advantage_B, group_size)
+        return Rollout(batch=batch, metrics=_metrics(rewards, responses, group_size), samples=samples)
+
+    def _generate(self, ids_PT: torch.Tensor, mask_PT: torch.Tensor) -> Responses:
+        options = self.options
+        sampling = Sampling(
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            share_prefill=options.share_prefill,
+        )
+        return generate_in_batches(
+            lambda ids, mask: self.engine.generate(ids, mask, options.group_size, sampling),
+            ids_PT,
+            mask_PT,
+            options.prompts_per_batch or len(ids_PT),
+            self.tokenizer.pad_token_id,
+        )
+
+    def _decode(self, responses: Responses) -> list[str]:
+        rows = zip(responses.ids_BR.tolist(), responses.mask_BR.tolist(), strict=True)
+        real = [[token for token, kept in zip(ids, mask, strict=True) if kept] for ids, mask in rows]
+        return self.tokenizer.batch_decode(real, skip_special_tokens=True)
+
+    def _advantages(self, rewards: list[Reward]) -> torch.Tensor:
+        """[B]; 0 throughout a group whose gold answer cannot be parsed."""
+        totals_PG = torch.tensor([reward.total for reward in rewards]).view(-1, self.options.group_size)
+        usable_PG = torch.tensor([reward.usable for reward in rewards]).view(totals_PG.shape)
+        advantages_PG = group_advantages(totals_PG) * usable_PG
+        return advantages_PG.flatten().to(self.device)
+
+
+def _metrics(rewards: list[Reward], responses: Responses, group_size: int) -> dict[str, tuple[float, float]]:
+    usable = [reward for reward in rewards if reward.usable]
+    totals_PG = torch.tensor([reward.total for reward in rewards]).view(-1, group_size)
+    n = len(rewards)
+    return {
+        "reward": (sum(r.total for r in usable), len(usable)),
+        "reward_correct": (sum(r.correct for r in usable), len(usable)),
+        "reward_format": (sum(r.format for r in usable), len(usable)),
+        "gold_unparsable": (n - len(usable), n),
+        "answer_missing": (sum(r.status == "no_answer" for r in rewards), n),
+        "answer_check_failed": (sum(r.status in ("timeout", "error") for r in rewards), n),
+        "response_tokens": (float(responses.mask_BR.sum()), n),
+        "response_truncated": (float((~responses.ended_B).sum()), n),
+        "groups_without_spread": (float(groups_without_spread(totals_PG)), len(totals_PG)),
+    }
+
+
+def _samples(
+    problems: list[Problem],
+    texts: list[str],
+    rewards: list[Reward],
+    advantage_B: torch.Tensor,
+    group_size: int,
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": problems[index // group_size].question,
+            "gold": problems[index // group_size].answer,
+            "response": texts[index],
+            "reward": rewards[index].total,
+            "status": rewards[index].status,
+            "advantage": float(advantage_B[index]),
+        }
+        for index in range(min(SAMPLES_KEPT, len(texts)))
+    ]

@@ -1,0 +1,97 @@
+"""The folder that a run leaves.
+
+`config.yaml` (resolved), `environment.json` (versions, commit, ranks), `student/` (all of the student but its
+weights), `metrics.jsonl`, `samples.jsonl`,
+`routing/routing.jsonl`, `tensorboard/`, `checkpoints/step_N/`, `dropped_questions.jsonl` if there are any.
+"""
+
+import json
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from padd_ds.checkpoint.layout import STUDENT
+from padd_ds.config.schema import RunConfig
+from padd_ds.errors import UserError
+from padd_ds.files import staged_directory, write_text_whole
+
+PACKAGES = ("padd-ds", "torch", "deepspeed", "transformers", "datasets", "math-verify")
+LINE_FILES = ("metrics.jsonl", "samples.jsonl", "routing/routing.jsonl")
+
+
+def check_run_folder(folder: Path, resume: bool) -> None:
+    """UserError for a new run in a folder that is taken, or a resumed one where there is none."""
+    if resume and not folder.is_dir():
+        raise UserError(f"{folder}: no run to resume; check run_dir or leave out --resume")
+    if not resume and folder.exists():
+        raise UserError(f"{folder} already exists; choose another run_dir, or continue it with --resume")
+
+
+def start_run_folder(folder: Path, config: RunConfig, world: int) -> None:
+    """Make the folder with the resolved configuration and where it runs; nothing is overwritten."""
+    (folder / "routing").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    if not (folder / "config.yaml").exists():
+        tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
+        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        write_text_whole(folder / "config.yaml", text)
+    write_text_whole(folder / "environment.json", json.dumps(environment(world), indent=1) + "\n")
+
+
+def keep_student_files(folder: Path, model: Any, tokenizer: Any, source: Path) -> None:
+    """Put all that an exported student needs but its weights into the run: config, tokenizer, conversion files."""
+    with staged_directory(folder / STUDENT, overwrite=True) as staged:
+        model.config.save_pretrained(staged)
+        model.generation_config.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        for path in source.glob("padd_*") if source.is_dir() else ():
+            shutil.copy2(path, staged / path.name)
+
+
+def environment(world: int) -> dict[str, Any]:
+    """Versions, commit, machine and ranks."""
+    return {
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "commit": _commit(),
+        "ranks": world,
+    }
+
+
+def drop_lines_from(folder: Path, step: int) -> None:
+    """Forget what was logged at `step` and later, before it is done again."""
+    for name in LINE_FILES:
+        path = folder / name
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] < step]
+            write_text_whole(path, "".join(line + "\n" for line in kept))
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """One JSON line, flushed."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, None outside of one."""
+    root = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None

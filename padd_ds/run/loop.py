@@ -1,0 +1,89 @@
+"""The training loop: step, log, checkpoint."""
+
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from padd_ds.config.schema import RunConfig
+from padd_ds.engine.checkpoint import Checkpoint, load_checkpoint, rotate_checkpoints, save_checkpoint
+from padd_ds.engine.ranks import Ranks
+from padd_ds.run.folder import append_line, drop_lines_from
+from padd_ds.stages.stage import Stage, StepReport
+
+SHOWN = ("loss_lm", "loss_kd", "loss_init", "loss_policy", "reward", "reward_correct", "load_max_violation")
+
+
+def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint | None) -> None:
+    """Run the stage from its start, or from a checkpoint, to its last step."""
+    folder, start = Path(config.run_dir), 0
+    if resume_from is not None:
+        stage.load_state(load_checkpoint(stage.student, resume_from))
+        start = resume_from.step
+        if ranks.is_main:
+            drop_lines_from(folder, start)
+    with ExitStack() as stack:
+        logger = Logger(folder, config, start, stack) if ranks.is_main else None
+        for step in range(start, config.steps):
+            report = stage.step(step)
+            if logger is not None:
+                logger.log(step, report)
+            done = step + 1
+            if done == config.steps or done % config.checkpoint.every_steps == 0:
+                _checkpoint(stage, config, ranks, done)
+
+
+def _checkpoint(stage: Stage, config: RunConfig, ranks: Ranks, step: int) -> None:
+    facts = {
+        "stage": config.stage,
+        "world": ranks.world,
+        "expert_parallel": stage.student.expert_parallel_size,
+        "bias_target": config.balance.target if config.stage == "joint" and config.balance.enabled else "selection",
+    }
+    folder = Path(config.run_dir)
+    save_checkpoint(stage.student, folder, step, stage.state(), facts)
+    rotate_checkpoints(folder, config.checkpoint.keep, ranks)
+
+
+class Logger:
+    """Rank 0's files and progress lines."""
+
+    def __init__(self, folder: Path, config: RunConfig, start: int, stack: ExitStack) -> None:
+        self._folder = folder
+        self._config = config
+        self._start = start
+        self._started_s = time.monotonic()
+        self._board: Any = None
+        if config.log.tensorboard:
+            self._board = stack.enter_context(SummaryWriter(str(folder / "tensorboard"), purge_step=start))
+
+    def log(self, step: int, report: StepReport) -> None:
+        """One line each in metrics.jsonl and on the terminal; routing and samples less often."""
+        log = self._config.log
+        last = step + 1 == self._config.steps
+        if last or step % log.every_steps == 0:
+            append_line(self._folder / "metrics.jsonl", {"step": step, **report.metrics})
+            for name, value in report.metrics.items() if self._board is not None else ():
+                self._board.add_scalar(name, value, step)
+            for sample in report.samples:
+                append_line(self._folder / "samples.jsonl", {"step": step, **sample})
+            print(self._progress(step, report), file=sys.stderr, flush=True)
+        if last or step % log.routing_every_steps == 0:
+            append_line(self._folder / "routing" / "routing.jsonl", {"step": step, **report.routing})
+
+    def _progress(self, step: int, report: StepReport) -> str:
+        done = step + 1 - self._start
+        step_s = (time.monotonic() - self._started_s) / done
+        left_s = step_s * (self._config.steps - step - 1)
+        shown = [f"{name} {report.metrics[name]:.4g}" for name in SHOWN if name in report.metrics]
+        place = f"{self._config.stage} step {step + 1}/{self._config.steps}"
+        return f"{place} | {', '.join(shown)} | {step_s:.2f} s/step, {clock(left_s)} left"
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,198 @@
+"""From a configuration to a stage that is ready to run.
+
+Everything that a user can get wrong is read and checked here before DeepSpeed starts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from padd_ds.config.deepspeed_json import check_batches, check_parallelism, load_deepspeed_json
+from padd_ds.config.schema import RunConfig
+from padd_ds.conversion.targets import ConversionTargets, load_targets
+from padd_ds.data.answers import AnswerFormat
+from padd_ds.engine.families import expert_parallel_keys
+from padd_ds.engine.ranks import Ranks
+from padd_ds.engine.student import Student, build_student
+from padd_ds.errors import UserError
+from padd_ds.hf import load_causal_lm, load_tokenizer, read_config
+from padd_ds.losses.policy import PolicyOptions
+from padd_ds.moe.balance import BalanceOptions
+from padd_ds.rollout.collect import Collector
+from padd_ds.rollout.generation import HuggingFaceRollout
+from padd_ds.rollout.rewards import RewardOptions
+from padd_ds.rollout.verify import AnswerChecker
+from padd_ds.stages import joint, warmup
+from padd_ds.stages.materials import TrainingData, load_teacher, prompt_template, read_training_data
+from padd_ds.stages.stage import Stage
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run was given, checked, with nothing large loaded yet."""
+
+    config: RunConfig
+    deepspeed_tree: dict[str, Any]
+    tokenizer: Any
+    data: TrainingData
+    targets: ConversionTargets | None
+
+
+def read_inputs(config: RunConfig, world_size: int) -> Inputs:
+    """Read and check all that is small; UserError on the first thing that is wrong."""
+    json_path = Path(config.deepspeed)
+    tree = load_deepspeed_json(json_path)
+    trust = config.model.trust_remote_code
+    student = read_config(config.model.student, trust_remote_code=trust)
+    expert_parallel_keys(student)
+    check_parallelism(json_path, tree, world_size, student.n_routed_experts)
+    check_batches(config, world_size)
+    if config.model.teacher is not None:
+        read_config(config.model.teacher, trust_remote_code=trust)
+    tokenizer = load_tokenizer(config.model.student, trust_remote_code=trust)
+    data = read_training_data(config, tokenizer)
+    return Inputs(config=config, deepspeed_tree=tree, tokenizer=tokenizer, data=data, targets=_targets(config, student))
+
+
+@contextmanager
+def open_stage(inputs: Inputs, ranks: Ranks) -> Iterator[Stage]:
+    """Build the stage; its worker processes end with the block."""
+    builders: dict[str, Callable[[Inputs, Student, Any], Any]] = {
+        "warmup": _warmup_stage,
+        "joint": _joint_stage,
+    }
+    config = inputs.config
+    dtype = model_dtype(inputs.deepspeed_tree)
+    student = _student(inputs, dtype, ranks)
+    weight = config.warmup.kd_weight if config.stage == "warmup" else config.distillation.weight
+    vocabulary = student.model.config.vocab_size
+    teacher = load_teacher(config, vocabulary, dtype, ranks.device) if weight > 0 else None
+    stage = builders[config.stage](inputs, student, teacher)
+    try:
+        yield stage.as_stage()
+    finally:
+        if config.stage == "joint":
+            stage.collector.checker.close()
+
+
+def model_dtype(tree: dict[str, Any]) -> torch.dtype:
+    """The precision that the DeepSpeed JSON asks for; it owns that choice."""
+    if tree.get("fp16", {}).get("enabled", False):
+        raise UserError("the DeepSpeed JSON enables fp16, which is not supported; use bf16 or neither")
+    return torch.bfloat16 if tree.get("bf16", {}).get("enabled", False) else torch.float32
+
+
+def _targets(config: RunConfig, student_config: Any) -> ConversionTargets | None:
+    """The clusters' p_T where the warm-up needs it."""
+    if config.stage != "warmup" or config.warmup.init_weight == 0:
+        return None
+    folder = Path(config.model.targets or config.model.student)
+    targets = load_targets(folder)
+    remedy = "convert with --calibration, or set warmup.init_weight=0"
+    if targets.expert_prior_LE is None:
+        raise UserError(f"{folder}: padd_targets.safetensors holds no p_T; {remedy}")
+    shape = (student_config.num_hidden_layers, student_config.n_routed_experts)
+    if tuple(targets.expert_prior_LE.shape) != shape:
+        raise UserError(
+            f"{folder}: p_T is for {tuple(targets.expert_prior_LE.shape)} layers and experts, the student has {shape}"
+        )
+    return targets
+
+
+def _student(inputs: Inputs, dtype: torch.dtype, ranks: Ranks) -> Student:
+    config = inputs.config
+    model = load_causal_lm(config.model.student, dtype, trust_remote_code=config.model.trust_remote_code)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def trainable(name: str) -> bool:
+        if config.stage == "warmup":
+            return warmup.is_trained(name, config.warmup.train_shared_experts)
+        return joint.is_trained(name, config.routing.train_router)
+
+    return build_student(
+        model,
+        config,
+        inputs.deepspeed_tree,
+        ranks,
+        trainable=trainable,
+        accumulation_steps=accumulation_steps(config, ranks.world),
+        total_steps=optimiser_steps(config),
+    )
+
+
+def accumulation_steps(config: RunConfig, world: int) -> int:
+    """Micro-batches per optimiser step; the last one may be smaller."""
+    if config.stage == "warmup":
+        rows = config.warmup.batch_size // world
+    else:
+        rows = config.rollout.prompts * config.rollout.group_size // world // config.policy.updates_per_rollout
+    return -(-rows // config.micro_batch_size)
+
+
+def optimiser_steps(config: RunConfig) -> int:
+    """Optimiser steps of the whole run."""
+    return config.steps * (config.policy.updates_per_rollout if config.stage == "joint" else 1)
+
+
+def options_from(section: Any, options: type[Options]) -> Options:
+    """The fields of `options` that the configuration section has too, by name; the rest keep their defaults."""
+    shared = {field.name for field in fields(options)} & {field.name for field in fields(section)}  # type: ignore[arg-type]
+    return options(**{name: getattr(section, name) for name in shared})
+
+
+def _warmup_stage(inputs: Inputs, student: Student, teacher: Any) -> warmup.WarmupStage:
+    return warmup.WarmupStage(
+        student=student,
+        teacher=teacher,
+        tokenizer=inputs.tokenizer,
+        problems=inputs.data.problems,
+        targets=inputs.targets,
+        config=inputs.config,
+    )
+
+
+def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointStage:
+    config, ranks = inputs.config, student.ranks
+    reward = config.reward
+    answer_format = AnswerFormat(name=reward.answer_format, pattern=reward.answer_pattern)
+    collector = Collector(
+        engine=HuggingFaceRollout(
+            model=student.model,
+            end_token_ids=_end_token_ids(student.model, inputs.tokenizer),
+            pad_token_id=inputs.tokenizer.pad_token_id,
+            ranks_in_step=ranks.world > 1,
+        ),
+        tokenizer=inputs.tokenizer,
+        problems=inputs.data.problems,
+        template=prompt_template(config.data),
+        checker=AnswerChecker(answer_format, workers=reward.workers, timeout_s=reward.timeout_s),
+        reward_options=options_from(reward, RewardOptions),
+        options=config.rollout,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        seed=config.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=ranks.device,
+    )
+    return joint.JointStage(
+        student=student,
+        teacher=teacher,
+        collector=collector,
+        config=config,
+        policy_options=options_from(config.policy, PolicyOptions),
+        balance_options=options_from(config.balance, BalanceOptions),
+    )
+
+
+def _end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends a response: the generation config's, and the tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return tuple(sorted({int(end) for end in [*ends, tokenizer.eos_token_id] if end is not None}))

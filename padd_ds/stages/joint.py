@@ -1,0 +1,285 @@
+"""Stages II-IV: one step of joint training, from rollout to rebalanced router.
+
+Legend: P prompts, G responses per prompt, B responses, T prompt tokens, R response tokens, L = T + R tokens,
+S = B * L tokens of a layer, E experts, V vocabulary.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from padd_ds.config.schema import RunConfig
+from padd_ds.engine.forward import response_logits
+from padd_ds.engine.ranks import any_rank, sum_over_ranks
+from padd_ds.engine.student import Student
+from padd_ds.losses.distillation import distillation_sum, distillation_temperature
+from padd_ds.losses.policy import POLICY_LOSSES, PolicyOptions, PolicyTerms, loss_count
+from padd_ds.losses.tokens import global_mean, token_logprobs
+from padd_ds.moe.balance import BalanceOptions, BalanceState, update_balance
+from padd_ds.moe.router import RoutingRecord
+from padd_ds.moe.shift import mean_over_layers, router_distribution, router_shift
+from padd_ds.rollout.batch import RolloutBatch, response_positions
+from padd_ds.rollout.collect import Collector
+from padd_ds.seeds import derive_seed
+from padd_ds.stages.routing_report import RoutingStatistics
+from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
+
+
+def is_trained(name: str, train_router: bool) -> bool:
+    """Whether joint training changes the parameter of that name."""
+    return train_router or not name.endswith(".mlp.gate.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldPolicy:
+    """What the student did before the updates of this rollout, for one micro-batch."""
+
+    logprobs_BR: torch.Tensor
+    scores_SE: list[torch.Tensor]
+    """By layer, over all S = B * L positions."""
+    selected_SK: list[torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Responses that are trained on together, with the policy that made them."""
+
+    batch: RolloutBatch
+    routing_seed: int
+    old: OldPolicy
+
+
+@dataclass(kw_only=True)
+class JointStage:
+    """The parts that a joint step is made of; `balance` is its only state."""
+
+    student: Student
+    teacher: Any
+    """Dense model, or None where the distillation weight is 0."""
+    collector: Collector
+    config: RunConfig
+    policy_options: PolicyOptions
+    balance_options: BalanceOptions
+    balance: BalanceState = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.balance = BalanceState.start(self._biases())
+
+    def as_stage(self) -> Stage:
+        return Stage(student=self.student, step=self.step, state=self.state, load_state=self.load_state)
+
+    def step(self, step: int) -> StepReport:
+        """Rollout, then `updates_per_rollout` optimiser steps, each followed by Stage IV."""
+        started_s = time.perf_counter()
+        self.student.engine.eval()
+        rollout = self.collector.collect(step)
+        collected_s = time.perf_counter()
+        self.student.engine.train()
+        updates = self._score(rollout.batch, step)
+        scored_s = time.perf_counter()
+        sums, statistics = MetricSums(), RoutingStatistics.start(self.student)
+        for micro_batches in updates:
+            self._update(micro_batches, step, sums, statistics)
+        updated_s = time.perf_counter()
+        for name, (total, count) in rollout.metrics.items():
+            sums.add(name, total, count)
+        routing = statistics.report()
+        metrics = sums.means(self.student.ranks) | routing.scalars | self.student.optimiser_metrics()
+        metrics |= {
+            "seconds_rollout": collected_s - started_s,
+            "seconds_scoring": scored_s - collected_s,
+            "seconds_update": updated_s - scored_s,
+        }
+        layers = routing.layers | {"advantage_ema": self.balance.ema_LE.tolist()}
+        return StepReport(metrics=metrics, routing=layers, samples=rollout.samples)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.balance.to_tensors()
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        device = self.student.ranks.device
+        self.balance = BalanceState.from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
+        self._install(self.balance.bias_LE)
+
+    def _score(self, batch: RolloutBatch, step: int) -> list[list[MicroBatch]]:
+        """The responses dealt out at random to the updates, with the old policy's view of each."""
+        config, ranks = self.config, self.student.ranks
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, step, ranks.rank))
+        order_B = torch.randperm(batch.n_responses, generator=generator).to(ranks.device)
+        lengths_B = batch.attention_mask_BL.sum(dim=1)
+        updates = []
+        for update, rows_B in enumerate(order_B.chunk(config.policy.updates_per_rollout)):
+            by_length_B = rows_B[lengths_B[rows_B].argsort()]
+            updates.append(
+                [
+                    self._score_micro_batch(batch.rows(rows), derive_seed(config.seed, step, ranks.rank, update, index))
+                    for index, rows in enumerate(by_length_B.split(config.micro_batch_size))
+                ]
+            )
+        return updates
+
+    @torch.no_grad()
+    def _score_micro_batch(self, batch: RolloutBatch, routing_seed: int) -> MicroBatch:
+        logprobs_BR, _, record = self._forward(batch, routing_seed)
+        layers = range(len(self.student.layers))
+        old = OldPolicy(
+            logprobs_BR=logprobs_BR,
+            scores_SE=[record.scores_SE[layer] for layer in layers],
+            selected_SK=[record.selected_SK[layer] for layer in layers],
+        )
+        return MicroBatch(batch=batch, routing_seed=routing_seed, old=old)
+
+    def _forward(self, batch: RolloutBatch, routing_seed: int) -> tuple[torch.Tensor, torch.Tensor, RoutingRecord]:
+        """Log-probabilities [B, R] and logits [B, R, V] of the responses, and what the routers did.
+
+        The seed makes routing noise the same before and after an update, so that it is no part of the ratio.
+        """
+        self.student.control.seed = routing_seed
+        with (
+            self.student.routing("routed", noise=self.config.routing.noise),
+            self.student.recording() as record,
+        ):
+            logits_BRV = response_logits(
+                self.student.engine,
+                batch.input_ids_BL,
+                batch.attention_mask_BL,
+                batch.response_ids_BR.shape[1],
+            )
+        temperature = self.config.rollout.temperature
+        return token_logprobs(logits_BRV, batch.response_ids_BR, temperature), logits_BRV, record
+
+    def _update(
+        self, micro_batches: list[MicroBatch], step: int, sums: MetricSums, step_statistics: RoutingStatistics
+    ) -> None:
+        """One optimiser step on a share of the responses, then Stage IV."""
+        student = self.student
+        counts = sum_over_ranks(
+            torch.stack(
+                [
+                    torch.stack([m.batch.response_mask_BR.sum() for m in micro_batches]).sum(),
+                    torch.stack(
+                        [loss_count(m.batch.response_mask_BR, self.policy_options) for m in micro_batches]
+                    ).sum(),
+                ]
+            )
+        )
+        statistics = RoutingStatistics.start(student)
+        finite = True
+        for index, micro_batch in enumerate(micro_batches):
+            loss, record = self._loss(micro_batch, n_tokens=counts[0], n_policy=counts[1], sums=sums)
+            self._count_routing(micro_batch.batch, record, (statistics, step_statistics))
+            student.backward(loss)
+            finite = finite and bool(torch.isfinite(loss))
+            if index == len(micro_batches) - 1 and any_rank(not finite, student.ranks):
+                raise TrainingDiverged(f"step {step}: the joint loss is not finite; lower optimizer.learning_rate")
+            student.step()
+        if self.config.balance.enabled:
+            self._rebalance(statistics)
+
+    def _loss(
+        self, micro_batch: MicroBatch, *, n_tokens: torch.Tensor, n_policy: torch.Tensor, sums: MetricSums
+    ) -> tuple[torch.Tensor, RoutingRecord]:
+        batch, config, world = micro_batch.batch, self.config, self.student.ranks.world
+        logprobs_BR, logits_BRV, record = self._forward(batch, micro_batch.routing_seed)
+        shift_BR = self._shift(micro_batch, record)
+        terms = POLICY_LOSSES[config.policy.objective](
+            logprobs_BR,
+            micro_batch.old.logprobs_BR,
+            batch.advantage_B,
+            batch.response_mask_BR,
+            shift_BR,
+            self.policy_options,
+        )
+        loss = config.policy.weight * global_mean(terms.loss_sum, n_policy, world)
+        kd_sum = torch.zeros((), device=loss.device)
+        if config.distillation.weight > 0:
+            kd_sum = self._kd_sum(batch, logits_BRV, sums)
+            loss = loss + config.distillation.weight * global_mean(kd_sum, n_tokens, world)
+        _add_policy_metrics(sums, terms, loss_count(batch.response_mask_BR, self.policy_options))
+        sums.add("loss_kd", kd_sum, terms.tokens)
+        sums.add("router_shift", (shift_BR * batch.response_mask_BR).sum(), terms.tokens)
+        return loss, record
+
+    def _shift(self, micro_batch: MicroBatch, record: RoutingRecord) -> torch.Tensor:
+        """Gamma [B, R]: at the positions that predict each token, averaged over layers (Choice)."""
+        batch, old = micro_batch.batch, micro_batch.old
+        n_responses, n_response = batch.response_ids_BR.shape
+        measure = self.config.policy.shift_measure
+
+        def layer_shift(layer: int) -> torch.Tensor:
+            score_function = self.student.routers[layer].score_function
+            new_SE = router_distribution(record.scores_SE[layer], score_function)
+            old_SE = router_distribution(old.scores_SE[layer], score_function)
+            return router_shift(new_SE, old_SE, measure, old.selected_SK[layer])
+
+        shift_S = mean_over_layers(layer_shift(layer) for layer in range(len(self.student.layers)))
+        return response_positions(shift_S.view(n_responses, -1), n_response)
+
+    def _kd_sum(self, batch: RolloutBatch, logits_BRV: torch.Tensor, sums: MetricSums) -> torch.Tensor:
+        """Stage II: one teacher forward per response, no gradient."""
+        options = self.config.distillation
+        with torch.no_grad():
+            teacher_BRV = response_logits(
+                self.teacher, batch.input_ids_BL, batch.attention_mask_BL, batch.response_ids_BR.shape[1]
+            )
+        temperature_B = distillation_temperature(
+            batch.advantage_B,
+            rule=options.temperature_rule,
+            slope=options.temperature_slope,
+            base=options.temperature,
+            floor=options.temperature_floor,
+        )
+        sums.add("distillation_temperature", temperature_B.sum(), len(temperature_B))
+        return distillation_sum(
+            logits_BRV,
+            teacher_BRV,
+            batch.response_mask_BR,
+            temperature_B,
+            direction=options.direction,
+            teacher_top_k=options.teacher_top_k,
+        )
+
+    def _count_routing(
+        self, batch: RolloutBatch, record: RoutingRecord, statistics: tuple[RoutingStatistics, ...]
+    ) -> None:
+        """Choice: load counts every real token, the advantage only those that the response consists of."""
+        on_response_BL = torch.cat([torch.zeros_like(batch.prompt_mask_BT), batch.response_mask_BR.long()], dim=1)
+        advantage_BL = batch.advantage_B[:, None].expand(on_response_BL.shape)
+        for one in statistics:
+            one.add(record, batch.attention_mask_BL, advantage_BL, on_response_BL)
+
+    def _rebalance(self, statistics: RoutingStatistics) -> None:
+        """Stage IV: the same new bias on every rank."""
+        totals = statistics.totals()
+        self.balance = update_balance(
+            self.balance,
+            totals.counts_LE,
+            totals.value_sum_LE,
+            totals.value_count_LE,
+            totals.spread_L,
+            self.balance_options,
+        )
+        self._install(self.balance.bias_LE)
+
+    def _biases(self) -> torch.Tensor:
+        slot = self._bias_slot
+        return torch.stack([getattr(router, slot) for router in self.student.routers])
+
+    def _install(self, bias_LE: torch.Tensor) -> None:
+        for router, bias_E in zip(self.student.routers, bias_LE, strict=True):
+            getattr(router, self._bias_slot).copy_(bias_E)
+
+    @property
+    def _bias_slot(self) -> str:
+        return {"selection": "e_score_correction_bias", "logit": "logit_bias"}[self.config.balance.target]
+
+
+def _add_policy_metrics(sums: MetricSums, terms: PolicyTerms, n_policy: torch.Tensor) -> None:
+    sums.add("loss_policy", terms.loss_sum, n_policy)
+    sums.add("ratio_deviation", terms.ratio_deviation_sum, terms.tokens)
+    sums.add("shift_penalty", terms.penalty_sum, terms.tokens)
+    sums.add("clip_fraction", terms.clipped_tokens, terms.tokens)
+    sums.add("kl_old_nats", terms.kl_old_sum, terms.tokens)

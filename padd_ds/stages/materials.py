@@ -1,0 +1,121 @@
+"""What a stage is made of, read and checked before any work: data, tokenizer, teacher."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from padd_ds.config.schema import DataConfig, RunConfig
+from padd_ds.data.problems import FieldMap, Problem, map_rows
+from padd_ds.data.prompts import PromptTemplate, render, render_target, resolve_template
+from padd_ds.data.sources import read_rows
+from padd_ds.data.split import decontaminate, split_problems
+from padd_ds.errors import UserError
+from padd_ds.hf import load_causal_lm
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The problems of one part, and what was left out on the way."""
+
+    problems: list[Problem]
+    dropped_benchmark: list[str]
+    """Questions that also stand in a benchmark."""
+    facts: dict[str, int]
+    """Counts: rows, duplicates, dropped_benchmark, too_long, problems."""
+
+
+def read_training_data(config: RunConfig, tokenizer: Any) -> TrainingData:
+    """The problems of the stage's part, benchmark overlap and over-long prompts dropped and counted.
+
+    UserError where a file, a field or a whole part is missing.
+    """
+    data = config.data
+    problems = map_rows(read_rows(data.source, data.split), field_map(data))
+    kept, dropped = decontaminate(problems, _benchmark_questions(data))
+    split = split_problems(kept, data.part_fractions)
+    part = config.data_part
+    chosen = [p for problems in split.parts.values() for p in problems] if part == "all" else split.parts[part]
+    template = prompt_template(data)
+    fitting = [p for p in chosen if len(_ids(render(template, p, tokenizer), tokenizer)) <= data.max_prompt_tokens]
+    if not fitting:
+        raise UserError(
+            f"data.source {data.source}: part {part} has no question within data.max_prompt_tokens "
+            f"{data.max_prompt_tokens} ({len(problems)} rows, {len(chosen)} in the part); give more data"
+        )
+    if config.stage == "warmup":
+        supervised_target(data, fitting[0])
+    facts = {
+        "rows": len(problems),
+        "duplicates": split.duplicates,
+        "dropped_benchmark": len(dropped),
+        "too_long": len(chosen) - len(fitting),
+        "problems": len(fitting),
+    }
+    return TrainingData(problems=fitting, dropped_benchmark=[p.question for p in dropped], facts=facts)
+
+
+def field_map(data: DataConfig) -> FieldMap:
+    """The data section's columns and gold format."""
+    fields = data.fields
+    return FieldMap(
+        question=fields.question,
+        answer=fields.answer,
+        solution=fields.solution,
+        subject=fields.subject,
+        gold_format=data.gold_format,
+    )
+
+
+def prompt_template(data: DataConfig) -> PromptTemplate:
+    """The data section's template, by name or as text."""
+    template = resolve_template(data.template)
+    return PromptTemplate(text=template.text, chat=template.chat or data.chat, system=template.system)
+
+
+def supervised_target(data: DataConfig, problem: Problem) -> str:
+    """What the warm-up learns to write; the bare answer where the data has no worked solution."""
+    target = data.target
+    if problem.solution is None and target == "{solution}":
+        target = "{answer}"
+    return render_target(problem, target)
+
+
+def load_teacher(config: RunConfig, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """The frozen dense teacher on `device`; UserError unless its vocabulary is the student's."""
+    assert config.model.teacher is not None
+    teacher = load_causal_lm(config.model.teacher, dtype, trust_remote_code=config.model.trust_remote_code)
+    if teacher.config.vocab_size != vocabulary:
+        raise UserError(
+            f"model.teacher {config.model.teacher} has a vocabulary of {teacher.config.vocab_size}, the student one of "
+            f"{vocabulary}; distillation needs the same tokens on both sides"
+        )
+    return teacher.requires_grad_(False).to(device)
+
+
+def write_data_report(data: TrainingData, run_dir: Path, log: Callable[[str], None]) -> None:
+    """Say what was left out, and list the questions that a benchmark holds."""
+    log("data: " + ", ".join(f"{name} {count}" for name, count in data.facts.items()))
+    if data.dropped_benchmark:
+        lines = [json.dumps({"question": question}) for question in data.dropped_benchmark]
+        (run_dir / "dropped_questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _benchmark_questions(data: DataConfig) -> list[str]:
+    questions = []
+    for source in data.benchmarks:
+        for number, row in enumerate(read_rows(source), start=1):
+            if data.benchmark_field not in row:
+                raise UserError(
+                    f"{source}: row {number} has no field {data.benchmark_field!r} (it has {', '.join(row)}); "
+                    "set data.benchmark_field"
+                )
+            questions.append(str(row[data.benchmark_field]))
+    return questions
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids

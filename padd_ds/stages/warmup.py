@@ -1,0 +1,174 @@
+"""Stage I b: the experts learn from text, from the teacher and from the clusters; the router stays frozen.
+
+Legend: B sequences, T tokens, S tokens of a layer, E experts, F expert width, D model width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from padd_ds.config.schema import RunConfig
+from padd_ds.conversion.targets import ConversionTargets
+from padd_ds.data.batches import SupervisedBatch, batch_indices, supervised_batch
+from padd_ds.data.problems import Problem
+from padd_ds.data.prompts import render
+from padd_ds.engine.ranks import any_rank, gather_over_group, sum_over_ranks
+from padd_ds.engine.student import Student
+from padd_ds.losses.distillation import distillation_sum
+from padd_ds.losses.prior import expert_activation_sums, expert_prior
+from padd_ds.losses.tokens import cross_entropy_sum, global_mean
+from padd_ds.losses.warmup import init_kl, warmup_loss
+from padd_ds.moe.router import RoutingRecord
+from padd_ds.seeds import derive_seed
+from padd_ds.stages.materials import prompt_template, supervised_target
+from padd_ds.stages.routing_report import RoutingStatistics
+from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
+
+
+def is_trained(name: str, train_shared_experts: bool) -> bool:
+    """Whether the warm-up trains the parameter of that name: the experts', and nothing else."""
+    return ".mlp.experts." in name or (train_shared_experts and ".mlp.shared_experts." in name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupStage:
+    """The parts that a warm-up step is made of."""
+
+    student: Student
+    teacher: Any
+    """Dense model, or None where kd_weight is 0."""
+    tokenizer: Any
+    problems: list[Problem]
+    targets: ConversionTargets | None
+    """The clusters' p_T; None where init_weight is 0."""
+    config: RunConfig
+
+    def as_stage(self) -> Stage:
+        return Stage(student=self.student, step=self.step)
+
+    def step(self, step: int) -> StepReport:
+        """One optimiser step: L_LM + alpha L_KD + beta L_init (PADD, warm-up)."""
+        config, student = self.config, self.student
+        student.engine.train()
+        micro_batches = self._micro_batches(step)
+        n_tokens = sum_over_ranks(torch.stack([_learnt(batch).sum() for batch in micro_batches]).sum())
+        sums, statistics = MetricSums(), RoutingStatistics.start(student)
+        for index, batch in enumerate(micro_batches):
+            student.control.seed = derive_seed(config.seed, step, student.ranks.rank, index)
+            with student.routing(config.warmup.routing, noise=config.routing.noise):
+                loss = self._loss(batch, n_tokens, len(micro_batches), sums, statistics)
+                student.backward(loss)
+            last = index == len(micro_batches) - 1
+            if last and any_rank(not bool(torch.isfinite(loss)), student.ranks):
+                raise TrainingDiverged(f"step {step}: the warm-up loss is not finite; lower optimizer.learning_rate")
+            student.step()
+        metrics = sums.means(student.ranks) | {"tokens": float(n_tokens)} | student.optimiser_metrics()
+        routing = statistics.report()
+        return StepReport(metrics=metrics | routing.scalars, routing=routing.layers)
+
+    def _micro_batches(self, step: int) -> list[SupervisedBatch]:
+        config, ranks = self.config, self.student.ranks
+        rows = batch_indices(step, config.warmup.batch_size, len(self.problems), config.seed)
+        mine = [self.problems[row] for row in rows[ranks.rank :: ranks.world]]
+        mine.sort(key=lambda problem: len(problem.question) + len(problem.solution or problem.answer))
+        size = config.micro_batch_size
+        return [self._batch(mine[start : start + size]) for start in range(0, len(mine), size)]
+
+    def _batch(self, problems: list[Problem]) -> SupervisedBatch:
+        data = self.config.data
+        template = prompt_template(data)
+        prompts = [render(template, problem, self.tokenizer) for problem in problems]
+        targets = [supervised_target(data, problem) for problem in problems]
+        limit = data.max_prompt_tokens + data.max_target_tokens
+        batch = supervised_batch(prompts, targets, self.tokenizer, limit)
+        device = self.student.ranks.device
+        moved = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
+        return moved  # type: ignore[return-value]
+
+    def _loss(
+        self,
+        batch: SupervisedBatch,
+        n_tokens: torch.Tensor,
+        n_micro: int,
+        sums: MetricSums,
+        statistics: RoutingStatistics,
+    ) -> torch.Tensor:
+        options, student, world = self.config.warmup, self.student, self.student.ranks.world
+        ids_BT, mask_BT, learnt_BT = batch["input_ids_BT"], batch["attention_mask_BT"], _learnt(batch)
+        with student.recording(inputs=options.init_weight > 0) as record:
+            logits_BTV = student.engine(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+        # Position t predicts token t + 1; the last column predicts nothing and is masked out.
+        next_BT = ids_BT.roll(-1, dims=1)
+        lm_sum = cross_entropy_sum(logits_BTV, next_BT, learnt_BT)
+        kd_sum = init = torch.zeros((), device=student.ranks.device)
+        if options.kd_weight > 0:
+            kd_sum = self._kd_sum(batch, logits_BTV, learnt_BT)
+        if options.init_weight > 0:
+            init = self._init_loss(record, mask_BT)
+        statistics.add(record, mask_BT)
+        n_learnt = learnt_BT.sum()
+        sums.add("loss_lm", lm_sum, n_learnt)
+        sums.add("loss_kd", kd_sum, n_learnt)
+        sums.add("loss_init", init)
+        return warmup_loss(
+            global_mean(lm_sum, n_tokens, world),
+            global_mean(kd_sum, n_tokens, world),
+            # Each rank holds the gradient of its own experts only, and gradients are averaged over all ranks.
+            init * student.expert_parallel_size / n_micro,
+            options.kd_weight,
+            options.init_weight,
+        )
+
+    def _kd_sum(self, batch: SupervisedBatch, logits_BTV: torch.Tensor, learnt_BT: torch.Tensor) -> torch.Tensor:
+        """Choice: L_KD compares next-token distributions, the teacher first, on the target's tokens."""
+        with torch.no_grad():
+            teacher_BTV = self.teacher(
+                input_ids=batch["input_ids_BT"], attention_mask=batch["attention_mask_BT"], use_cache=False
+            ).logits
+        plain_B = torch.ones(len(logits_BTV), device=logits_BTV.device)
+        top_k = self.config.warmup.teacher_top_k
+        return distillation_sum(logits_BTV, teacher_BTV, learnt_BT, plain_B, teacher_top_k=top_k)
+
+    def _init_loss(self, record: RoutingRecord, mask_BT: torch.Tensor) -> torch.Tensor:
+        """L_init averaged over layers (Choice, so that beta means the same at any depth)."""
+        assert record.inputs_SD is not None and self.targets is not None
+        assert self.targets.expert_prior_LE is not None
+        priors_LE = self.targets.expert_prior_LE.to(mask_BT.device)
+        sample_S = _sample_tokens(mask_BT.flatten(), self.config.warmup.init_tokens, self.student.control.seed)
+        losses = []
+        for index, layer in enumerate(self.student.layers):
+            activity_E = student_activity(layer, record.inputs_SD[index][sample_S])
+            losses.append(init_kl(expert_prior(activity_E, self.targets.prior_temperature), priors_LE[index]))
+        return torch.stack(losses).mean()
+
+
+def student_activity(layer: Any, x_SD: torch.Tensor) -> torch.Tensor:
+    """[E]: mean activity of every expert of an expert-parallel layer on the tokens of all its ranks.
+
+    Only this rank's experts carry a gradient: those of the other ranks enter as numbers.
+    """
+    x_all_SD = gather_over_group(x_SD, layer.ep_group) if layer.ep_size > 1 else x_SD
+    experts = layer.experts
+    sums_E = checkpoint(expert_activation_sums, x_all_SD, experts.w1, experts.w3, use_reentrant=False)
+    own_E = sums_E / len(x_all_SD)
+    if layer.ep_size == 1:
+        return own_E
+    parts = list(gather_over_group(own_E, layer.ep_group).split(layer.num_local_experts))
+    parts[layer.ep_rank] = own_E
+    return torch.cat(parts)
+
+
+def _sample_tokens(mask_S: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """`count` positions of real tokens, drawn with replacement so that every rank has as many."""
+    real_S = mask_S.nonzero().flatten()
+    generator = torch.Generator(mask_S.device).manual_seed(seed)
+    return real_S[torch.randint(len(real_S), (count,), generator=generator, device=mask_S.device)]
+
+
+def _learnt(batch: SupervisedBatch) -> torch.Tensor:
+    """[B, T] bool: positions whose next token is to be learnt."""
+    learnt_BT = batch["loss_mask_BT"].roll(-1, dims=1).bool()
+    learnt_BT[:, -1] = False
+    return learnt_BT

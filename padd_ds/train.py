@@ -1,0 +1,96 @@
+"""Train a student: `deepspeed padd_ds/train.py --config RUN.yaml [section.key=value ...]`.
+
+Runs under deepspeed, torchrun, srun and mpirun, or alone on one rank.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from padd_ds.config.describe import describe_options
+from padd_ds.config.load import load_run_config
+from padd_ds.errors import EXIT_CODE_USER_ERROR, UserError
+
+EPILOG = """examples:
+  deepspeed --num_accelerators 2 padd_ds/train.py --config ds_configs/runs/warmup.yaml run_dir=runs/a
+  torchrun --nproc_per_node 8 padd_ds/train.py --config RUN.yaml optimizer.learning_rate=1e-5
+  deepspeed --num_accelerators 2 padd_ds/train.py --config RUN.yaml --resume
+Values come from defaults, then the YAML file, then section.key=value; --options lists them all."""
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="padd_ds/train.py",
+        description="Warm up a mixture-of-experts student, or train it jointly (PADD).",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="run configuration (YAML), for example ds_configs/runs/warmup.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of run_dir")
+    parser.add_argument(
+        "--options", action="store_true", help="list every option with its default and meaning, then exit"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the YAML file")
+    parsed = parser.parse_args(arguments)
+    if parsed.config is None and not parsed.options:
+        parser.error("--config is needed (see --options for what it may hold)")
+    return parsed
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check, build, train; UserError before any work where an input is wrong."""
+    config = load_run_config(arguments.config, arguments.overrides)
+
+    # Imported late: --help and a wrong key should not wait for torch.
+    from padd_ds.engine.checkpoint import find_checkpoints
+    from padd_ds.engine.ranks import start_ranks, stop_ranks, together
+    from padd_ds.run.folder import check_run_folder, keep_student_files, start_run_folder
+    from padd_ds.run.loop import train
+    from padd_ds.stages.build import open_stage, read_inputs
+    from padd_ds.stages.materials import write_data_report
+
+    folder = Path(config.run_dir)
+    ranks = start_ranks()
+    quiet_libraries()
+    try:
+        together(lambda: check_run_folder(folder, arguments.resume), ranks)
+        inputs = together(lambda: read_inputs(config, ranks.world), ranks)
+        checkpoints = together(lambda: find_checkpoints(folder) if arguments.resume else [], ranks)
+        if ranks.is_main:
+            start_run_folder(folder, config, ranks.world)
+            write_data_report(inputs.data, folder, lambda text: print(text, file=sys.stderr, flush=True))
+        with open_stage(inputs, ranks) as stage:
+            if ranks.is_main:
+                keep_student_files(folder, stage.student.model, inputs.tokenizer, Path(config.model.student))
+            train(stage, config, ranks, checkpoints[-1] if checkpoints else None)
+    finally:
+        stop_ranks()
+
+
+def quiet_libraries() -> None:
+    """Warnings and errors only; DeepSpeed's start-up otherwise fills a screen per rank."""
+    for name in ("DeepSpeed", "transformers", "torch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse and run; exit code 2 with one line on a user's error, told by rank 0 alone."""
+    import os
+
+    parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    if parsed.options:
+        print(describe_options())
+        return
+    rank = int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("SLURM_PROCID", "0"))))
+    try:
+        run(parsed)
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE_USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

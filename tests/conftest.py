@@ -1,0 +1,22 @@
+"""Shared test set-up: one thread per process, no network, build caches of their own."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    DS_ACCELERATOR="cpu",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    # A run that was killed while building an op leaves a lock in the shared cache and blocks the next one.
+    TORCH_EXTENSIONS_DIR=tempfile.mkdtemp(prefix="padd-test-extensions-"),
+)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the source tree."""
+    return Path(__file__).resolve().parent.parent

@@ -1,0 +1,224 @@
+"""Converted students: plain folders that equal their teachers with all experts active."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tests.conversion.tiny_teachers import make_teacher
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from padd_ds.conversion.options import ConversionOptions
+from padd_ds.conversion.pipeline import convert
+from padd_ds.conversion.targets import load_targets
+
+TOKENS = torch.arange(64).view(2, 32) * 37 % 256
+
+
+def options(teacher: Path, output: Path, calibration: Path | None, **changes: Any) -> ConversionOptions:
+    settings: dict[str, Any] = {"experts": 8, "shared_experts": 2, "top_k": 3, "calibration_tokens": 1024}
+    return ConversionOptions(
+        teacher=str(teacher), output=output, calibration=calibration, **{**settings, **changes}
+    )
+
+
+def load_all_active(folder: Path) -> Any:
+    config = AutoConfig.from_pretrained(folder)
+    config.num_experts_per_tok = config.n_routed_experts
+    config.routed_scaling_factor = float(config.n_routed_experts)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data.zero_()
+    return model.eval()
+
+
+@torch.no_grad()
+def relative_error(teacher: Any, student: Any) -> float:
+    expected, actual = teacher(TOKENS).logits, student(TOKENS).logits
+    return float((expected - actual).abs().max() / expected.abs().max())
+
+
+FAMILY_CASES = [
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+    (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    ("mistral", {"tie_word_embeddings": False}),
+    ("mistral", {"tie_word_embeddings": True, "sliding_window": 512}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen2", {"tie_word_embeddings": False}),
+    (
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            }
+        },
+    ),
+    ("qwen3", {"tie_word_embeddings": True}),
+    ("qwen3", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), FAMILY_CASES)
+def test_student_equals_its_teacher_with_all_experts_active(
+    tmp_path: Path, calibration_file: Path, family: str, settings: dict[str, Any]
+) -> None:
+    teacher = make_teacher(tmp_path / "teacher", family, **settings)
+    report = convert(options(teacher, tmp_path / "student", calibration_file))
+    student = load_all_active(tmp_path / "student")
+    assert type(student).__name__ == "Glm4MoeForCausalLM"
+    assert relative_error(AutoModelForCausalLM.from_pretrained(teacher).eval(), student) <= 1e-5
+    assert report.exactness.largest_error <= 1e-5
+
+
+def test_some_experts_active_differ_from_the_teacher(
+    tmp_path: Path, llama_teacher: Path, calibration_file: Path
+) -> None:
+    convert(options(llama_teacher, tmp_path / "student", calibration_file))
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
+    assert relative_error(AutoModelForCausalLM.from_pretrained(llama_teacher).eval(), student) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_student_passes_its_check(
+    tmp_path: Path, llama_teacher: Path, calibration_file: Path, dtype: str
+) -> None:
+    report = convert(options(llama_teacher, tmp_path / "student", calibration_file, dtype=dtype))
+    assert report.exactness.largest_error <= 1e-5
+    assert report.exactness.teacher_rounding_rms is not None
+    with safe_open(tmp_path / "student/model-00001-of-00001.safetensors", "pt") as file:
+        assert file.get_tensor("lm_head.weight").dtype == getattr(torch, dtype)
+        assert file.get_tensor("model.layers.0.mlp.gate.e_score_correction_bias").dtype == torch.float32
+
+
+def test_tensors_are_stored_per_expert_under_their_public_names(
+    tmp_path: Path, llama_teacher: Path, calibration_file: Path
+) -> None:
+    convert(options(llama_teacher, tmp_path / "student", calibration_file))
+    index = json.loads((tmp_path / "student/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {"model-00001-of-00001.safetensors"}
+    with safe_open(tmp_path / "student/model-00001-of-00001.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in index["weight_map"]}
+    assert shapes["model.layers.1.mlp.experts.5.gate_proj.weight"] == (8, 32)
+    assert shapes["model.layers.1.mlp.experts.5.down_proj.weight"] == (32, 8)
+    assert shapes["model.layers.1.mlp.shared_experts.up_proj.weight"] == (16, 32)
+    assert shapes["model.layers.1.mlp.gate.weight"] == (6, 32)
+    assert shapes["lm_head.weight"] == (260, 32)
+    assert "model.layers.1.mlp.experts.6.gate_proj.weight" not in shapes
+
+
+def test_tokenizer_and_chat_template_travel(tmp_path: Path, llama_teacher: Path, calibration_file: Path) -> None:
+    convert(options(llama_teacher, tmp_path / "student", calibration_file))
+    ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "student", llama_teacher))
+    messages = [{"role": "user", "content": "1 + 1 = ?"}]
+    assert ours.chat_template == theirs.chat_template
+    assert ours.apply_chat_template(messages, tokenize=False) == "<s>1 + 1 = ?</s>"
+    assert ours("naïve 東京")["input_ids"] == theirs("naïve 東京")["input_ids"]
+    assert ours.eos_token == "</s>"
+
+
+@pytest.mark.parametrize("cluster", ["activations", "random"])
+def test_same_seed_gives_the_same_bytes(
+    tmp_path: Path, llama_teacher: Path, calibration_file: Path, cluster: str
+) -> None:
+    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
+        convert(options(llama_teacher, tmp_path / name, calibration_file, seed=seed, cluster=cluster))
+    for file in ("model-00001-of-00001.safetensors", "padd_targets.safetensors"):
+        one, two, other = ((tmp_path / name / file).read_bytes() for name in ("one", "two", "other"))
+        assert one == two
+        assert one != other
+
+
+@pytest.mark.parametrize("cluster", ["activations", "weights", "random", "contiguous"])
+@pytest.mark.parametrize("router", ["calibrated", "centroid", "random"])
+def test_every_cluster_and_router_converts(
+    tmp_path: Path, llama_teacher: Path, calibration_file: Path, cluster: str, router: str
+) -> None:
+    report = convert(options(llama_teacher, tmp_path / "student", calibration_file, cluster=cluster, router=router))
+    assert all(layer["size_variation"] == 0 for layer in report.layers)
+    targets = load_targets(tmp_path / "student")
+    assert (targets.cluster, targets.router) == (cluster, router)
+
+
+@pytest.mark.parametrize("cluster", ["weights", "random", "contiguous"])
+def test_without_data_a_student_has_no_prior(tmp_path: Path, llama_teacher: Path, cluster: str) -> None:
+    report = convert(options(llama_teacher, tmp_path / "student", None, cluster=cluster, router="centroid"))
+    targets = load_targets(tmp_path / "student")
+    assert targets.expert_prior_LE is None
+    assert report.layers[0]["load_variation"] is None
+    assert report.exactness.largest_error <= 1e-5
+
+
+def test_contiguous_keeps_the_routed_neurons_in_order(tmp_path: Path, llama_teacher: Path) -> None:
+    convert(options(llama_teacher, tmp_path / "student", None, cluster="contiguous", router="centroid"))
+    for assignment_F in load_targets(tmp_path / "student").assignment_LF:
+        routed = assignment_F[assignment_F < 6]
+        assert torch.equal(routed, routed.sort().values)
+
+
+def test_shared_slices_do_not_depend_on_the_grouping(
+    tmp_path: Path, llama_teacher: Path, calibration_file: Path
+) -> None:
+    shared = []
+    for cluster in ("activations", "weights", "random", "contiguous"):
+        convert(options(llama_teacher, tmp_path / cluster, calibration_file, cluster=cluster))
+        shared.append(load_targets(tmp_path / cluster).assignment_LF >= 6)
+    assert all(torch.equal(other, shared[0]) for other in shared[1:])
+
+
+def test_assignment_names_the_neurons_of_every_expert(
+    tmp_path: Path, llama_teacher: Path, calibration_file: Path
+) -> None:
+    convert(options(llama_teacher, tmp_path / "student", calibration_file))
+    targets = load_targets(tmp_path / "student")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    teacher = AutoModelForCausalLM.from_pretrained(llama_teacher)
+    for layer in range(2):
+        gate_FD = teacher.model.layers[layer].mlp.gate_proj.weight
+        for expert in range(6):
+            neurons = (targets.assignment_LF[layer] == expert).nonzero().flatten()
+            fused = student.model.layers[layer].mlp.experts.gate_up_proj[expert]
+            assert torch.equal(fused[:8], gate_FD[neurons])
+
+
+def test_report_counts_the_parameters_that_the_models_have(
+    tmp_path: Path, llama_teacher: Path, calibration_file: Path
+) -> None:
+    report = convert(options(llama_teacher, tmp_path / "student", calibration_file))
+    costs = report.contents["costs"]
+    teacher = AutoModelForCausalLM.from_pretrained(llama_teacher)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    expert = sum(p[0].numel() for p in student.model.layers[0].mlp.experts.parameters())
+    assert costs["teacher"]["total_parameters"] == teacher.num_parameters()
+    assert costs["student"]["total_parameters"] == student.num_parameters()
+    assert costs["student"]["active_parameters"] == student.num_parameters() - 2 * (6 - 3) * expert
+    assert report.contents == json.loads((tmp_path / "student/padd_conversion.json").read_text())
+
+
+def test_existing_output_is_replaced_with_overwrite(tmp_path: Path, llama_teacher: Path) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student/old").write_text("old")
+    convert(
+        options(llama_teacher, tmp_path / "student", None, cluster="weights", router="centroid", overwrite=True)
+    )
+    assert not (tmp_path / "student/old").exists()
+    assert (tmp_path / "student/config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]

@@ -1,0 +1,55 @@
+import pytest
+
+from padd_ds.data.problems import Problem
+from padd_ds.data.prompts import TEMPLATES, PromptTemplate, render, render_target, resolve_template
+from padd_ds.errors import UserError
+from tests.data.characters import character_tokenizer
+
+PROBLEM = Problem(question="3 + 4", answer="7", solution="3 + 4 = 7, not {answer}")
+
+
+def test_plain_prompt_is_the_question():
+    assert render(TEMPLATES["plain"], PROBLEM, character_tokenizer()) == "3 + 4"
+
+
+def test_begin_token_is_in_the_text_exactly_where_the_tokenizer_would_add_it():
+    tokenizer = character_tokenizer(bos=True)
+    text = render(TEMPLATES["plain"], PROBLEM, tokenizer)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert ids == tokenizer("3 + 4").input_ids
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_chat_prompt_ends_where_the_answer_begins():
+    template = PromptTemplate(text="What is {question}?", chat=True, system="Be short.")
+    text = render(template, PROBLEM, character_tokenizer(chat=True, bos=True))
+    assert text == "[system]Be short.[user]What is 3 + 4?[assistant]"
+
+
+def test_braces_of_the_template_are_plain_text():
+    assert render(TEMPLATES["boxed"], PROBLEM, character_tokenizer()).endswith(r"within \boxed{}.")
+
+
+def test_chat_without_a_chat_template_is_refused():
+    with pytest.raises(UserError, match="no chat template"):
+        render(TEMPLATES["chat"], PROBLEM, character_tokenizer())
+
+
+def test_template_is_a_name_or_text_of_ones_own():
+    assert resolve_template("qa") is TEMPLATES["qa"]
+    assert resolve_template("{question} =").text == "{question} ="
+    with pytest.raises(UserError, match=r"'chatt' lacks \{question\}.*chat-boxed"):
+        resolve_template("chatt")
+
+
+def test_target_is_filled_in_once():
+    assert render_target(PROBLEM) == PROBLEM.solution
+    assert render_target(PROBLEM, "{question} = {answer}") == "3 + 4 = 7"
+    assert render_target(PROBLEM, "{solution} #{answer}") == "3 + 4 = 7, not {answer} #7"
+
+
+def test_target_needs_the_solution_that_it_names():
+    bare = Problem(question="3 + 4", answer="7")
+    assert render_target(bare, "{answer}") == "7"
+    with pytest.raises(UserError, match="no solution for '3 \\+ 4'"):
+        render_target(bare)

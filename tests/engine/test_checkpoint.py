@@ -1,0 +1,106 @@
+"""Checkpoints: whole or absent, resumed with the same numbers, exported without loss."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from padd_ds.checkpoint.export import ExportOptions, export_run
+from padd_ds.checkpoint.layout import find_checkpoints
+from padd_ds.engine.checkpoint import load_checkpoint, save_checkpoint
+from padd_ds.engine.ranks import Ranks
+from padd_ds.errors import UserError
+from padd_ds.hf import load_causal_lm
+from padd_ds.run.folder import keep_student_files
+from tests.ranks import run_ranks
+from tests.world import FixedChecker, joint_config, make_joint_stage, make_tokenizer
+
+TOKENS = torch.tensor([[5, 9, 7, 4, 21, 8, 30, 11]])
+FACTS = {"stage": "joint", "world": 2, "expert_parallel": 2, "bias_target": "selection"}
+
+
+def train_resume(ranks: Ranks, folder: str, expert_parallel: int) -> dict[str, Any]:
+    """Three steps, a checkpoint after the first; then steps two and three again from the checkpoint."""
+    checker = FixedChecker(lambda text, gold: len(text) % 2 == 0)
+    run_dir, facts = Path(folder), FACTS | {"expert_parallel": expert_parallel}
+    stage = make_joint_stage(ranks, joint_config(), expert_parallel, checker)
+    undisturbed = [dict(stage.step(0).metrics)]
+    save_checkpoint(stage.student, run_dir, 1, stage.state(), facts)
+    undisturbed += [dict(stage.step(step).metrics) for step in (1, 2)]
+    save_checkpoint(stage.student, run_dir, 3, stage.state(), facts)
+    if ranks.is_main:
+        keep_student_files(run_dir, stage.student.model, make_tokenizer(), Path("none"))
+    stage.student.engine.eval()
+    with torch.no_grad():
+        logits = stage.student.engine(input_ids=TOKENS, use_cache=False).logits
+    again = make_joint_stage(ranks, joint_config(seed=0), expert_parallel, checker)
+    again.load_state(load_checkpoint(again.student, find_checkpoints(run_dir)[0]))
+    resumed = [dict(again.step(step).metrics) for step in (1, 2)]
+    return {"undisturbed": undisturbed, "resumed": resumed, "logits": logits}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run_ranks(train_resume, 2, str(folder), 2)[0]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_resumed_run_repeats_the_undisturbed_one(trained: tuple[Path, dict[str, Any]]) -> None:
+    _, result = trained
+    for expected, resumed in zip(result["undisturbed"][1:], result["resumed"], strict=True):
+        names = {name for name in expected if not name.startswith("seconds")}
+        assert {name: resumed[name] for name in names} == {name: expected[name] for name in names}
+    assert result["undisturbed"][1]["loss_kd"] != result["undisturbed"][2]["loss_kd"]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_the_exported_student_computes_the_engines_logits(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, result = trained
+    summary = export_run(ExportOptions(run=folder, output=tmp_path / "student", shard_bytes=20_000))
+    assert summary.step == 3
+    assert len(list((tmp_path / "student").glob("model-*.safetensors"))) > 1
+    model = load_causal_lm(str(tmp_path / "student"), torch.float32)
+    assert any(bias.abs().max() > 0 for name, bias in model.named_buffers() if "e_score" in name)
+    with torch.no_grad():
+        logits = model(input_ids=TOKENS, use_cache=False).logits
+    torch.testing.assert_close(logits, result["logits"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_damage_is_named(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = trained
+    newest = find_checkpoints(folder)[-1].folder
+    victim = newest / "weights" / "rank_00001.safetensors"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"rank_00001\.safetensors.*damaged"):
+        export_run(ExportOptions(run=folder, output=tmp_path / "student"))
+    victim.write_bytes(whole)
+    (newest / "manifest.json").rename(newest / "elsewhere.json")
+    assert [checkpoint.step for checkpoint in find_checkpoints(folder)] == [1]
+    (newest / "elsewhere.json").rename(newest / "manifest.json")
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_missing_expert_is_not_exported(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = trained
+    victim = find_checkpoints(folder)[0].folder / "weights" / "rank_00001.safetensors"
+    whole, tensors = victim.read_bytes(), load_file(victim)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    padding = {name + ".renamed": tensors.pop(name)}
+    save_file(tensors | padding, victim)
+    manifest = victim.parent.parent / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace(f": {len(whole)}", f": {victim.stat().st_size}"))
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        export_run(ExportOptions(run=folder, output=tmp_path / "student", step=1))
+    victim.write_bytes(whole)
+    manifest.write_text(text)

@@ -1,0 +1,112 @@
+"""The engine computes what the Hugging Face class computes, whatever the number of ranks."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from padd_ds.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from padd_ds.engine.ranks import Ranks
+from padd_ds.engine.student import Student, build_student
+from padd_ds.engine.weights import local_tensors
+from padd_ds.losses.tokens import cross_entropy_sum, global_mean
+from tests.ranks import run_ranks
+from tests.tiny import tiny_student
+
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+
+
+def deepspeed_tree(stage: int, expert_parallel: int) -> dict[str, Any]:
+    return {
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,
+        "expert_parallel": {"enabled": True, "autoep_size": expert_parallel, "use_grouped_mm": False},
+    }
+
+
+def run_config(**overrides: Any) -> RunConfig:
+    values: dict[str, Any] = {
+        "stage": "warmup",
+        "run_dir": "unused",
+        "deepspeed": "unused",
+        "steps": 4,
+        "micro_batch_size": 2,
+        "model": ModelConfig(student="unused", teacher="unused"),
+        "data": DataConfig(source="unused"),
+        "optimizer": OptimizerConfig(learning_rate=1e-3),
+    }
+    return RunConfig(**(values | overrides))
+
+
+def build(ranks: Ranks, stage: int, expert_parallel: int) -> Student:
+    tree = deepspeed_tree(stage, expert_parallel)
+    return build_student(
+        tiny_student(),
+        run_config(),
+        tree,
+        ranks,
+        trainable=lambda name: True,
+        accumulation_steps=1,
+        total_steps=4,
+    )
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    tokens_BT = torch.randint(3, 64, (4, 12), generator=generator)
+    mask_BT = torch.ones(4, 12)
+    mask_BT[1, 7:] = 0
+    mask_BT[2, 3:] = 0
+    return tokens_BT, mask_BT
+
+
+def one_step(ranks: Ranks, stage: int, expert_parallel: int) -> dict[str, torch.Tensor]:
+    """Loss of a step on this rank's share of four sequences, and the weights after it."""
+    student = build(ranks, stage, expert_parallel)
+    tokens_BT, mask_BT = (part.chunk(ranks.world)[ranks.rank] for part in batch())
+    student.engine.train()
+    logits_BTV = student.engine(input_ids=tokens_BT, attention_mask=mask_BT.long(), use_cache=False).logits
+    loss_sum = cross_entropy_sum(logits_BTV[:, :-1], tokens_BT[:, 1:], mask_BT[:, 1:])
+    student.backward(global_mean(loss_sum, batch()[1][:, 1:].sum(), ranks.world))
+    student.step()
+    return {"loss_sum": loss_sum.detach(), "logits": logits_BTV.detach()} | {
+        name: tensor.clone() for name, tensor in local_tensors(student)
+    }
+
+
+def reference_step() -> dict[str, torch.Tensor]:
+    model = tiny_student().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    tokens_BT, mask_BT = batch()
+    logits_BTV = model(input_ids=tokens_BT, attention_mask=mask_BT.long(), use_cache=False).logits
+    loss_sum = cross_entropy_sum(logits_BTV[:, :-1], tokens_BT[:, 1:], mask_BT[:, 1:])
+    (loss_sum / mask_BT[:, 1:].sum()).backward()
+    optimizer.step()
+    return {
+        "loss_sum": loss_sum.detach(),
+        "logits": logits_BTV.detach(),
+        "state": copy.deepcopy(model.state_dict()),
+    }
+
+
+@pytest.mark.parametrize(("world", "stage", "expert_parallel"), [(1, 0, 1), (2, 2, 1), (2, 2, 2), (4, 2, 2)])
+def test_a_step_equals_plain_transformers(world: int, stage: int, expert_parallel: int) -> None:
+    expected = reference_step()
+    by_rank = run_ranks(one_step, world, stage, expert_parallel)
+    logits_BTV = torch.cat([result["logits"] for result in by_rank])
+    real = batch()[1].bool()
+    torch.testing.assert_close(logits_BTV[real], expected["logits"][real], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sum(r["loss_sum"] for r in by_rank), expected["loss_sum"], rtol=1e-6, atol=0)
+    merged = {name: tensor for result in by_rank for name, tensor in result.items()}
+    for name, tensor in expected["state"].items():
+        if ".experts." not in name:
+            torch.testing.assert_close(merged[name], tensor, rtol=0, atol=2e-5, msg=name)
+    gate_up_EFD = expected["state"]["model.layers.0.mlp.experts.gate_up_proj"]
+    for expert in range(4):
+        torch.testing.assert_close(
+            merged[f"model.layers.0.mlp.experts.{expert}.gate_proj.weight"],
+            gate_up_EFD[expert, :16],
+            rtol=0,
+            atol=2e-5,
+        )

@@ -1,0 +1,55 @@
+import pytest
+
+from padd_ds.data.answers import AnswerFormat
+from padd_ds.data.problems import Problem
+from padd_ds.evaluation.generate import GenerationOptions
+from padd_ds.evaluation.scoring import EvaluationOptions, ScoredResponse, evaluate_problems, summarise
+from tests.data.characters import VOCABULARY, character_tokenizer
+from tests.tiny import tiny_student
+
+
+def scored(**changes) -> ScoredResponse:
+    base = {"question": "q", "gold": "1", "subject": None, "response": "1", "extracted": "1"}
+    base |= {"correct": True, "status": "ok", "tokens": 4, "ended": True}
+    return ScoredResponse(**base | changes)
+
+
+def test_headline_counts_what_its_names_say():
+    result = summarise(
+        [
+            scored(subject="sum"),
+            scored(subject="sum", correct=False, ended=False, tokens=8),
+            scored(subject="product", correct=False, status="no_answer"),
+            scored(subject="product", correct=False, status="timeout"),
+            scored(subject="product", correct=False, status="gold_unparsable", ended=False, tokens=99),
+        ]
+    )
+    assert result.pass_at_1 == 0.25
+    assert (result.problems, result.correct, result.truncated) == (4, 1, 1)
+    assert (result.unparsed, result.gold_unparsable, result.tokens_mean) == (2, 1, 5.0)
+    assert result.by_subject == {"product": (0, 2), "sum": (1, 2)}
+    assert result.interval_95[0] < 0.25 < result.interval_95[1]
+    assert len(result.responses) == 5
+
+
+def test_nothing_countable_gives_the_widest_interval():
+    result = summarise([scored(status="gold_unparsable", correct=False)])
+    assert (result.pass_at_1, result.interval_95, result.problems) == (0.0, (0.0, 1.0), 0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_model_is_scored_by_what_it_says(batch_size):
+    model, tokenizer = tiny_student(vocabulary=len(VOCABULARY)), character_tokenizer()
+    options = EvaluationOptions(
+        answer_format=AnswerFormat(name="pattern", pattern=r"\A\s*(\S)"),
+        generation=GenerationOptions(max_new_tokens=6, batch_size=batch_size),
+    )
+    questions = [Problem(question=text, answer="0") for text in ("1 + 2", "12 - 7", "x")]
+    first = evaluate_problems(model, tokenizer, questions, options)
+    assert first.correct == 0
+    said = [response.extracted for response in first.responses]
+    assert all(said)
+    right = [Problem(question=row.question, answer=text) for row, text in zip(questions, said, strict=True)]
+    again = evaluate_problems(model, tokenizer, [*right[:2], questions[2]], options)
+    assert [response.correct for response in again.responses] == [True, True, False]
+    assert [response.gold for response in again.responses] == [*said[:2], "0"]

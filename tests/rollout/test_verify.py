@@ -1,0 +1,165 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from padd_ds.data.answers import AnswerFormat
+from padd_ds.rollout.verify import AnswerChecker
+
+BOXED = AnswerFormat(name="boxed")
+
+
+def children(pid: int = os.getpid()) -> set[int]:
+    """Living child processes, zombies included."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return {int(child) for file in files for child in file.read_text().split()}
+
+
+@pytest.fixture(scope="module")
+def auto():
+    with AnswerChecker() as checker:
+        yield checker
+
+
+@pytest.fixture(scope="module")
+def boxed():
+    with AnswerChecker(BOXED) as checker:
+        yield checker
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "correct"),
+    [
+        (r"so $x = \frac{1}{2}$, \boxed{\frac12}", "0.5", True),
+        ("The answer is 1,000 dollars.", "1000", True),
+        ("the result is 15.", "13", False),
+        (r"\boxed{(3, \frac{\pi}{2})}", r"\left( 3, \frac{\pi}{2} \right)", True),
+        (r"$\boxed{2x+1}$", "1+2x", True),
+        (r"\boxed{\text{Friday}}", r"\text{Friday}", True),
+    ],
+)
+def test_math_verify_compares_values(auto, response, gold, correct):
+    verdict = auto.check([(response, gold)])[0]
+    assert (verdict.status, verdict.correct) == ("ok", correct)
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "status"),
+    [
+        ("no box", "5", "no_answer"),
+        ("no box", r"\frac{1}{2}", "no_answer"),
+        (r"\boxed{5}", "", "gold_unparsable"),
+        (r"\boxed{5}", "???", "gold_unparsable"),
+        ("no box", "", "gold_unparsable"),
+        (r"\boxed{\frac{}", "5", "no_answer"),
+        (r"\boxed{???}", r"\frac{1}{2}", "ok"),
+    ],
+)
+def test_what_cannot_be_compared_is_wrong_and_says_why(boxed, response, gold, status):
+    verdict = boxed.check([(response, gold)])[0]
+    assert (verdict.status, verdict.correct) == (status, False)
+
+
+def test_verdicts_come_in_the_order_of_the_pairs_whatever_decided_them(boxed):
+    pairs = [(f"\\boxed{{{answer}}}", "4") for answer in ("4", r"\frac{8}{2}", "5", "4", "2^2", "x")]
+    verdicts = boxed.check(pairs)
+    assert [verdict.correct for verdict in verdicts] == [True, True, False, True, True, False]
+    assert [verdict.extracted for verdict in verdicts] == ["4", r"\frac{8}{2}", "5", "4", "2^2", "x"]
+
+
+def test_integers_need_no_process():
+    before = children()
+    with AnswerChecker(AnswerFormat(name="last_number")) as checker:
+        verdicts = checker.check([("It is 13.", "13"), ("It is 12.", "13"), ("?", "13")])
+        assert children() == before
+    assert [verdict.correct for verdict in verdicts] == [True, False, False]
+    assert [verdict.status for verdict in verdicts] == ["ok", "ok", "no_answer"]
+
+
+def test_a_hung_comparison_costs_its_timeout_and_nothing_else():
+    hang = AnswerFormat(name="pattern", pattern=r"^((?:a|aa)+)$")
+    with AnswerChecker(hang, timeout_s=1.0) as checker:
+        checker.check([("a", "a")])  # start-up is not on the clock
+        start = time.monotonic()
+        verdicts = checker.check([("aaa", "aaa"), ("a" * 60 + "b", "a"), ("aa", "aa")])
+        elapsed_s = time.monotonic() - start
+    assert [verdict.status for verdict in verdicts] == ["ok", "timeout", "ok"]
+    assert 1.0 <= elapsed_s < 30.0
+
+
+@pytest.mark.parametrize("unit", ["1 2 3 4 ", r"\frac{1}{", r"\boxed{", "9^{"])
+def test_a_huge_response_is_bounded_by_the_timeout(unit):
+    response = "$" + unit * (100_000 // len(unit)) + "$"
+    with AnswerChecker(timeout_s=1.0) as checker:
+        checker.check([("4", "4")])
+        start = time.monotonic()
+        verdict = checker.check([(response, "5")])[0]
+        assert time.monotonic() - start < 10.0
+    assert not verdict.correct
+
+
+def test_a_worker_that_dies_is_replaced():
+    with AnswerChecker() as checker:
+        before = children()
+        assert checker.check([("2", "2")])[0].correct
+        (worker,) = children() - before
+        os.kill(worker, signal.SIGKILL)
+        verdicts = checker.check([("2", "2"), ("3", "3")])
+        assert [verdict.status for verdict in verdicts] == ["error", "ok"]
+
+
+def test_a_worker_that_cannot_start_is_an_error_with_its_reason():
+    command = [sys.executable, "-c", "import sys; sys.exit('no such library')"]
+    with AnswerChecker(command=command) as checker, pytest.raises(RuntimeError, match="no such library"):
+        checker.check([("2", "2")])
+
+
+def test_several_workers_share_the_pairs_and_leave_nobody_behind():
+    before = children()
+    with AnswerChecker(BOXED, workers=2) as checker:
+        pairs = [(f"\\boxed{{\\frac{{{2 * n}}}{{2}}}}", str(n)) for n in range(1, 20)]
+        assert all(verdict.correct for verdict in checker.check(pairs))
+        assert 1 <= len(children() - before) <= 2
+    assert children() == before
+
+
+def test_workers_end_when_their_parent_is_killed():
+    script = """
+        import os, time
+        from padd_ds.rollout.verify import AnswerChecker
+        checker = AnswerChecker()
+        checker.check([("2", "2")])
+        print(checker._workers[0]._process.pid, flush=True)
+        os.kill(os.getpid(), 9)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    worker = int(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+    deadline = time.monotonic() + 10
+    while _running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _running(worker)
+
+
+def test_workers_load_no_torch():
+    script = """
+        import sys
+        from padd_ds.rollout.verify_worker import judge
+        from padd_ds.data.answers import AnswerFormat
+        assert judge("$1/2$", "0.5", AnswerFormat())["correct"]
+        print(sorted({"torch", "transformers", "deepspeed", "datasets"} & set(sys.modules)))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def _running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

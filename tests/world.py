@@ -1,0 +1,117 @@
+"""A tiny world to train in: tokenizer, student, teacher and problems, built the same on every rank."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from padd_ds.config.schema import DataConfig, ModelConfig, OptimizerConfig, RewardConfig, RolloutConfig, RunConfig
+from padd_ds.data.answers import AnswerFormat
+from padd_ds.data.problems import Problem
+from padd_ds.data.prompts import PromptTemplate
+from padd_ds.engine.ranks import Ranks
+from padd_ds.engine.student import Student, build_student
+from padd_ds.losses.policy import PolicyOptions
+from padd_ds.moe.balance import BalanceOptions
+from padd_ds.rollout.collect import Collector
+from padd_ds.rollout.generation import HuggingFaceRollout
+from padd_ds.rollout.rewards import RewardOptions
+from padd_ds.rollout.verify import AnswerChecker
+from padd_ds.stages.build import accumulation_steps, optimiser_steps, options_from
+from padd_ds.stages.joint import JointStage
+from tests.tiny import tiny_student
+from tools.tiny_model import make_tiny_model, make_tokenizer
+
+
+def problems() -> list[Problem]:
+    """Sums whose answers an untrained model finds now and then: the question decides, one digit answers."""
+    pairs = itertools.product(range(4), range(4))
+    return [Problem(question=f"{a}+{b}=", answer=str(a + b), solution=f"{a + b}", subject="sum") for a, b in pairs]
+
+
+def deepspeed_tree(expert_parallel: int, stage: int = 2, **more: Any) -> dict[str, Any]:
+    """What ds_configs/ would hold."""
+    section = {"enabled": True, "autoep_size": expert_parallel, "use_grouped_mm": False}
+    return {"zero_optimization": {"stage": stage}, "gradient_clipping": 1.0, "expert_parallel": section, **more}
+
+
+def joint_config(**overrides: Any) -> RunConfig:
+    """A joint run of two prompts with four responses each, two updates per rollout."""
+    values: dict[str, Any] = {
+        "stage": "joint",
+        "run_dir": "unused",
+        "deepspeed": "unused",
+        "steps": 3,
+        "micro_batch_size": 2,
+        "model": ModelConfig(student="unused", teacher="unused"),
+        "data": DataConfig(source="unused", max_prompt_tokens=16),
+        "optimizer": OptimizerConfig(learning_rate=1e-3),
+        "rollout": RolloutConfig(prompts=2, group_size=4, max_new_tokens=6),
+        "reward": RewardConfig(answer_format="pattern", answer_pattern=r"(\d)"),
+        "policy": {"updates_per_rollout": 2},
+    }
+    return RunConfig(**(values | overrides))
+
+
+@dataclass
+class FixedChecker:
+    """Rewards by a rule of the test, without processes."""
+
+    correct: Any
+
+    def check(self, pairs: Any) -> Any:
+        from padd_ds.rollout.verify import Verdict
+
+        return [Verdict(correct=self.correct(*pair), status="ok", extracted=pair[0][:1]) for pair in pairs]
+
+    def close(self) -> None:
+        pass
+
+
+def make_student(ranks: Ranks, config: RunConfig, tree: dict[str, Any], trainable: Any = lambda name: True) -> Student:
+    """The tiny student with the tokenizer's vocabulary under DeepSpeed."""
+    model = tiny_student(vocabulary=len(make_tokenizer()))
+    return build_student(
+        model,
+        config,
+        tree,
+        ranks,
+        trainable=trainable,
+        accumulation_steps=accumulation_steps(config, ranks.world),
+        total_steps=optimiser_steps(config),
+    )
+
+
+def make_joint_stage(ranks: Ranks, config: RunConfig, expert_parallel: int, checker: Any = None) -> JointStage:
+    """The stage as build.py makes it, from parts in memory."""
+    tokenizer = make_tokenizer()
+    student = make_student(ranks, config, deepspeed_tree(expert_parallel))
+    teacher = make_tiny_model().eval().requires_grad_(False)
+    collector = Collector(
+        engine=HuggingFaceRollout(
+            model=student.model,
+            end_token_ids=(tokenizer.eos_token_id,),
+            pad_token_id=tokenizer.pad_token_id,
+            ranks_in_step=ranks.world > 1,
+        ),
+        tokenizer=tokenizer,
+        problems=problems(),
+        template=PromptTemplate(),
+        checker=checker or AnswerChecker(AnswerFormat(name="pattern", pattern=config.reward.answer_pattern)),
+        reward_options=options_from(config.reward, RewardOptions),
+        options=config.rollout,
+        max_prompt_tokens=16,
+        seed=config.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=torch.device("cpu"),
+    )
+    return JointStage(
+        student=student,
+        teacher=teacher,
+        collector=collector,
+        config=config,
+        policy_options=options_from(config.policy, PolicyOptions),
+        balance_options=options_from(config.balance, BalanceOptions),
+    )

@@ -1,0 +1,120 @@
+"""Make checkable problems with reasoning-gym, as JSON Lines of question, answer and subject.
+
+Example: make_problems.py --output train.jsonl --count 500 --question "What is {expression}?"
+    chain_sum:max_terms=2,max_digits=1
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from padd_ds.data.sources import read_rows
+from padd_ds.data.split import normalise_question
+from padd_ds.errors import UserError, run_cli
+from padd_ds.files import check_output_free, write_text_whole
+
+_DRAWS_AT_ONCE = 1000
+_DRAWS_WITHOUT_NEWS = 5000
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "tasks", nargs="+", metavar="TASK", help="task name, or name:option=value,option=value"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--count", type=int, default=500, help="distinct questions (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--question",
+        default="{question}",
+        metavar="TEXT",
+        help="{question}, or an entry of the task's metadata",
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="FILE", help="make no question that is in this file"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_output_free(args.output, args.overwrite)
+    if args.count < 1:
+        raise UserError(f"--count {args.count} must be at least 1")
+    taken = {normalise_question(row["question"]) for file in args.exclude for row in read_rows(file)}
+    streams = [entries(task, args.seed) for task in args.tasks]
+    problems = distinct(streams, args.question, args.count, taken)
+    write_text_whole(args.output, "".join(json.dumps(problem) + "\n" for problem in problems))
+    print(f"wrote {len(problems)} problems to {args.output}")
+
+
+def entries(task: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Endless entries of one task, each with its name under `subject`; a function of (task, seed)."""
+    import reasoning_gym
+
+    name, _, text = task.partition(":")
+    options = dict(_option(task, item) for item in text.split(",") if item)
+    start = 0
+    while True:
+        try:
+            block = reasoning_gym.create_dataset(
+                name, seed=seed * 10**6 + start, size=_DRAWS_AT_ONCE, **options
+            )
+        except (ValueError, TypeError, AssertionError) as error:
+            raise UserError(
+                f"task {task!r}: {error}; see reasoning-gym's list of tasks and options"
+            ) from error
+        yield from ({**entry, "subject": name} for entry in block)
+        start += _DRAWS_AT_ONCE
+
+
+def distinct(
+    streams: list[Iterator[dict[str, Any]]], template: str, count: int, taken: set[str]
+) -> list[dict[str, str]]:
+    """`count` problems from the streams in turn, no question twice and none of `taken` (normalised text).
+
+    UserError if the streams run dry, that is if thousands of draws bring no new question.
+    """
+    problems: list[dict[str, str]] = []
+    seen, idle = set(taken), 0
+    while len(problems) < count:
+        entry = next(streams[len(problems) % len(streams)])
+        question = _question(entry, template)
+        normalised = normalise_question(question)
+        idle = idle + 1 if normalised in seen else 0
+        if idle == 0:
+            seen.add(normalised)
+            answer = str(entry["answer"])
+            problems.append({"question": question, "answer": answer, "subject": entry["subject"]})
+        elif idle >= _DRAWS_WITHOUT_NEWS:
+            found = len(problems)
+            raise UserError(f"only {found} distinct questions found; lower --count {count} or widen a task")
+    return problems
+
+
+def _question(entry: dict[str, Any], template: str) -> str:
+    values = {"question": entry["question"], **entry["metadata"]}
+    try:
+        return template.format(**values)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"--question {template!r}: {error} is not one of {', '.join(values)}") from error
+
+
+def _option(task: str, item: str) -> tuple[str, Any]:
+    name, mark, value = item.partition("=")
+    if not mark:
+        raise UserError(f"task {task!r}: {item!r} is not option=value")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,201 @@
+"""Generated arithmetic problems in seven subjects, small enough for a language model of a million parameters.
+
+A question is a short line such as `47 plus 85?`; a solution is worked digit by digit, or bare, and ends
+in `#` and the answer: `7+5=12,4+8+1=13#132` or `#132`. A learner that has seen both styles can gain by
+reinforcement, since the worked one is right more often.
+"""
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import count, islice, pairwise
+from pathlib import Path
+
+from padd_ds.errors import UserError
+from padd_ds.files import write_text_whole
+
+ANSWER_PATTERN = r"#(-?\d+)$"
+STYLES = ("bare", "worked")
+TEST_SHARE = 0.1
+LARGEST_DISTINCT_PER_SUBJECT = {"train": 3500, "test": 350}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One question with its demonstration; `solution` ends in `#` and `answer`, `style` is one of STYLES."""
+
+    question: str
+    solution: str
+    answer: str
+    subject: str
+    style: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sketch:
+    """A question, its working without the answer, and the answer."""
+
+    question: str
+    working: str
+    answer: int
+
+
+def _addition(rng: random.Random) -> _Sketch:
+    left, right = _two_sizes(rng), _two_sizes(rng)
+    steps, carry = [], 0
+    for a, b in _columns(left, right):
+        total = a + b + carry
+        steps.append(f"{a}+{b}{'+1' if carry else ''}={total}")
+        carry = total // 10
+    return _Sketch(question=f"{left} plus {right}?", working=",".join(steps), answer=left + right)
+
+
+def _subtraction(rng: random.Random) -> _Sketch:
+    right, left = sorted((_two_sizes(rng), _two_sizes(rng)))
+    steps, borrow = [], 0
+    for a, b in _columns(left, right):
+        lent = 10 if a - b - borrow < 0 else 0
+        steps.append(f"{a + lent}-{b}{'-1' if borrow else ''}={a + lent - b - borrow}")
+        borrow = 1 if lent else 0
+    return _Sketch(question=f"{left} minus {right}?", working=",".join(steps), answer=left - right)
+
+
+def _multiplication(rng: random.Random) -> _Sketch:
+    left, right = rng.randint(10, 999), rng.randint(2, 9)
+    steps, carry = [], 0
+    for digit in reversed(_digits(left)):
+        total = digit * right + carry
+        steps.append(f"{digit}*{right}{f'+{carry}' if carry else ''}={total}")
+        carry = total // 10
+    return _Sketch(question=f"{left} times {right}?", working=",".join(steps), answer=left * right)
+
+
+def _modulo(rng: random.Random) -> _Sketch:
+    left, right = rng.randint(10, 999), rng.randint(3, 9)
+    steps, rest = [], 0
+    for digit in _digits(left):
+        partial = 10 * rest + digit
+        rest = partial % right
+        steps.append(f"{partial}>{rest}")
+    return _Sketch(question=f"{left} mod {right}?", working=",".join(steps), answer=left % right)
+
+
+def _gcd(rng: random.Random) -> _Sketch:
+    common = rng.randint(1, 12)
+    left, right = (common * rng.randint(1, 20) for _ in range(2))
+    steps, (a, b) = [], (left, right)
+    while b:
+        a, b = b, a % b
+        steps.append(str(b))
+    return _Sketch(question=f"gcd {left} {right}?", working=",".join(steps), answer=math.gcd(left, right))
+
+
+def _linear_equation(rng: random.Random) -> _Sketch:
+    slope, root, shift = rng.randint(2, 9), rng.randint(-9, 19), rng.randint(1, 29)
+    adds = rng.random() < 0.5
+    value = slope * root + (shift if adds else -shift)
+    working = f"{value}{'-' if adds else '+'}{shift}={slope * root},{slope * root}/{slope}={root}"
+    question = f"solve {slope}x {'plus' if adds else 'minus'} {shift} is {value}?"
+    return _Sketch(question=question, working=working, answer=root)
+
+
+def _quadratic_sequence(rng: random.Random) -> _Sketch:
+    bend, slope, start = 2 * rng.randint(1, 5), rng.randint(0, 19), rng.randint(0, 49)
+    terms = [start + slope * n + bend * n * (n - 1) // 2 for n in range(5)]
+    first, second, third, last = (b - a for a, b in pairwise(terms))
+    working = f"{first},{second},{third}+{bend}={last},{terms[3]}+{last}={terms[4]}"
+    return _Sketch(question=f"next {' '.join(map(str, terms[:4]))}?", working=working, answer=terms[4])
+
+
+SUBJECTS: dict[str, Callable[[random.Random], _Sketch]] = {
+    "addition": _addition,
+    "subtraction": _subtraction,
+    "multiplication": _multiplication,
+    "modulo": _modulo,
+    "gcd": _gcd,
+    "linear_equation": _linear_equation,
+    "quadratic_sequence": _quadratic_sequence,
+}
+
+
+def problem_stream(split: str, seed: int, bare_share: float = 0.5) -> Iterator[Problem]:
+    """Problems without end, the subjects in turn; a question may come again.
+
+    `split` is `train` or `test`; the two share no question, since a hash of the question decides which
+    one it belongs to. `bare_share` is the share of solutions that give the answer only.
+    """
+    rng = random.Random(f"{split} {seed}")
+    for index in count():
+        subject = list(SUBJECTS)[index % len(SUBJECTS)]
+        sketch = SUBJECTS[subject](rng)
+        while _split_of(sketch.question) != split:
+            sketch = SUBJECTS[subject](rng)
+        style = "bare" if rng.random() < bare_share else "worked"
+        working = "" if style == "bare" else sketch.working
+        answer = str(sketch.answer)
+        yield Problem(
+            question=sketch.question,
+            solution=f"{working}#{answer}",
+            answer=answer,
+            subject=subject,
+            style=style,
+        )
+
+
+def distinct_problems(
+    split: str, count_per_subject: int, seed: int, bare_share: float = 0.5
+) -> list[Problem]:
+    """`count_per_subject` problems of every subject, no question twice, subjects mixed.
+
+    UserError when that is more than the smallest subject holds.
+    """
+    largest = LARGEST_DISTINCT_PER_SUBJECT[split]
+    if count_per_subject > largest:
+        raise UserError(f"{count_per_subject} {split} problems per subject: at most {largest} can be made")
+    wanted = count_per_subject * len(SUBJECTS)
+    found: dict[str, Problem] = {}
+    room = dict.fromkeys(SUBJECTS, count_per_subject)
+    for problem in problem_stream(split, seed, bare_share):
+        if len(found) == wanted:
+            break
+        if room[problem.subject] and problem.question not in found:
+            found[problem.question] = problem
+            room[problem.subject] -= 1
+    return list(found.values())
+
+
+def write_problems(path: Path, problems: list[Problem]) -> None:
+    """Write one JSON object per line with the fields of Problem; the file is whole or absent."""
+    write_text_whole(path, "".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
+
+
+def take(stream: Iterator[Problem], number: int) -> list[Problem]:
+    """The next `number` problems of a stream."""
+    return list(islice(stream, number))
+
+
+def _split_of(question: str) -> str:
+    digest = hashlib.sha256(f"tiny split {question}".encode()).digest()
+    return "test" if int.from_bytes(digest[:4], "big") < TEST_SHARE * 2**32 else "train"
+
+
+def _two_sizes(rng: random.Random) -> int:
+    """A number of two digits, or of three with probability 1/4."""
+    return rng.randint(10, 99) if rng.random() < 0.75 else rng.randint(100, 999)
+
+
+def _digits(number: int) -> list[int]:
+    return [int(digit) for digit in str(number)]
+
+
+def _columns(left: int, right: int) -> list[tuple[int, int]]:
+    """Pairs of digits from the right, the shorter number filled up with zeros."""
+    width = max(len(str(left)), len(str(right)))
+    return list(zip(_digits_padded(left, width)[::-1], _digits_padded(right, width)[::-1], strict=True))
+
+
+def _digits_padded(number: int, width: int) -> list[int]:
+    return [int(digit) for digit in str(number).zfill(width)]
