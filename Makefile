@@ -26,10 +26,10 @@ help:  ## list the targets
 setup: $(READY)  ## build .venv with the tested versions (once)
 
 demo: $(READY)  ## SmolLM2-135M -> MoE student -> warm-up -> joint training -> table and report.html in demo/
-	$(BIN)/python tools/demo.py --output demo
+	$(BIN)/python tools/demo.py --size smollm2 --output demo --overwrite
 
 demo-tiny: $(READY)  ## the same in minutes, with a tiny teacher trained from scratch, in demo-tiny/
-	$(BIN)/python tools/demo_tiny.py --output demo-tiny
+	$(BIN)/python tools/demo.py --size tiny --output demo-tiny --overwrite
 
 test: lint  ## lint, types and all tests (CI runs this)
 	$(BIN)/python -m pytest

@@ -61,7 +61,7 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     )
     prompts.add_argument("--chat", action="store_true", help="put --template in the model's chat template")
     prompts.add_argument(
-        "--answer-format", choices=ANSWER_FORMATS, help="default: auto; pattern with --pattern"
+        "--answer-format", choices=ANSWER_FORMATS, default="auto", help="default: %(default)s"
     )
     prompts.add_argument("--pattern", metavar="REGEX", help="one group, whose last match is the answer")
     prompts.add_argument("--max-new-tokens", type=int, default=512, help="per response (default %(default)s)")
@@ -73,9 +73,7 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_arguments(args)
-    answer_format = AnswerFormat(
-        name=args.answer_format or ("pattern" if args.pattern else "auto"), pattern=args.pattern
-    )
+    answer_format = AnswerFormat(name=args.answer_format, pattern=args.pattern)
     template = _template(args.template, args.chat) if args.template else None
     problems = read_problems(args)
     text = read_text(args.perplexity) if args.perplexity else None
@@ -145,12 +143,13 @@ def run(
     torch.manual_seed(args.seed)
     model, tokenizer = _load(args)
     template = template or resolve_template("chat-boxed" if tokenizer.chat_template else "boxed")
+    generation = GenerationOptions(
+        max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, stop=tuple(args.stop)
+    )
     options = EvaluationOptions(
         template=template,
         answer_format=answer_format,
-        generation=GenerationOptions(
-            max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, stop=tuple(args.stop)
-        ),
+        generation=generation,
         check_workers=args.check_workers,
         check_timeout_s=args.check_timeout,
     )

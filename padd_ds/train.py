@@ -5,7 +5,9 @@ Runs under deepspeed, torchrun, srun and mpirun, or alone on one rank.
 
 import argparse
 import logging
+import os
 import sys
+import warnings
 from pathlib import Path
 
 from padd_ds.config.describe import describe_options
@@ -70,15 +72,21 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def quiet_libraries() -> None:
-    """Warnings and errors only; DeepSpeed's start-up otherwise fills a screen per rank."""
+    """Warnings and errors only; the start-up of the libraries otherwise fills a screen per rank."""
+    import transformers
+
     for name in ("DeepSpeed", "transformers", "torch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    # DeepSpeed calls collectives by names that torch has begun to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and run; exit code 2 with one line on a user's error, told by rank 0 alone."""
-    import os
-
+    # Started by path, this folder comes first on the path, and its modules would hide others of the same name.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     if parsed.options:
         print(describe_options())

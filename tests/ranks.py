@@ -14,7 +14,9 @@ import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports the heavy packages once; each rank is then a cheap fork of it.
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "transformers", "padd_ds.engine.student", "torch.utils.tensorboard"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "deepspeed", "transformers", "padd_ds.engine.student", "torch.utils.tensorboard"]
+)
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout_s: float = 240) -> list[Any]:

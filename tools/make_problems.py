@@ -1,7 +1,8 @@
 """Make checkable problems with reasoning-gym, as JSON Lines of question, answer and subject.
 
 Example: make_problems.py --output train.jsonl --count 500 --question "What is {expression}?"
-    chain_sum:max_terms=2,max_digits=1
+    chain_sum:subject=sum2,max_terms=2,max_digits=1
+Several tasks take turns. The option `subject` names a task's problems (default: its name).
 """
 
 import argparse
@@ -23,9 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "tasks", nargs="+", metavar="TASK", help="task name, or name:option=value,option=value"
-    )
+    parser.add_argument("tasks", nargs="+", metavar="TASK", help="name, or name:option=value,option=value")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--count", type=int, default=500, help="distinct questions (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -55,11 +54,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def entries(task: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Endless entries of one task, each with its name under `subject`; a function of (task, seed)."""
+    """Endless entries of one task, each with its subject added; a function of (task, seed)."""
     import reasoning_gym
 
     name, _, text = task.partition(":")
     options = dict(_option(task, item) for item in text.split(",") if item)
+    subject = str(options.pop("subject", name))
     start = 0
     while True:
         try:
@@ -70,7 +70,7 @@ def entries(task: str, seed: int) -> Iterator[dict[str, Any]]:
             raise UserError(
                 f"task {task!r}: {error}; see reasoning-gym's list of tasks and options"
             ) from error
-        yield from ({**entry, "subject": name} for entry in block)
+        yield from ({**entry, "subject": subject} for entry in block)
         start += _DRAWS_AT_ONCE
 
 

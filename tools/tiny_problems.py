@@ -20,7 +20,7 @@ from padd_ds.files import write_text_whole
 ANSWER_PATTERN = r"#(-?\d+)$"
 STYLES = ("bare", "worked")
 TEST_SHARE = 0.1
-LARGEST_DISTINCT_PER_SUBJECT = {"train": 3500, "test": 350}
+LARGEST_DISTINCT_PER_SUBJECT = {"train": 3000, "test": 250}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class _Sketch:
 
 
 def _addition(rng: random.Random) -> _Sketch:
-    left, right = _two_sizes(rng), _two_sizes(rng)
+    left, right = rng.randint(10, 99), rng.randint(10, 99)
     steps, carry = [], 0
     for a, b in _columns(left, right):
         total = a + b + carry
@@ -54,7 +54,7 @@ def _addition(rng: random.Random) -> _Sketch:
 
 
 def _subtraction(rng: random.Random) -> _Sketch:
-    right, left = sorted((_two_sizes(rng), _two_sizes(rng)))
+    right, left = sorted((rng.randint(10, 99), rng.randint(10, 99)))
     steps, borrow = [], 0
     for a, b in _columns(left, right):
         lent = 10 if a - b - borrow < 0 else 0
@@ -64,7 +64,7 @@ def _subtraction(rng: random.Random) -> _Sketch:
 
 
 def _multiplication(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(10, 999), rng.randint(2, 9)
+    left, right = rng.randint(100, 999), rng.randint(2, 9)
     steps, carry = [], 0
     for digit in reversed(_digits(left)):
         total = digit * right + carry
@@ -74,7 +74,7 @@ def _multiplication(rng: random.Random) -> _Sketch:
 
 
 def _modulo(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(10, 999), rng.randint(3, 9)
+    left, right = rng.randint(100, 999), rng.randint(3, 9)
     steps, rest = [], 0
     for digit in _digits(left):
         partial = 10 * rest + digit
@@ -84,8 +84,8 @@ def _modulo(rng: random.Random) -> _Sketch:
 
 
 def _gcd(rng: random.Random) -> _Sketch:
-    common = rng.randint(1, 12)
-    left, right = (common * rng.randint(1, 20) for _ in range(2))
+    common = rng.randint(1, 9)
+    left, right = (common * rng.randint(-(-10 // common), 99 // common) for _ in range(2))
     steps, (a, b) = [], (left, right)
     while b:
         a, b = b, a % b
@@ -94,8 +94,9 @@ def _gcd(rng: random.Random) -> _Sketch:
 
 
 def _linear_equation(rng: random.Random) -> _Sketch:
-    slope, root, shift = rng.randint(2, 9), rng.randint(-9, 19), rng.randint(1, 29)
-    adds = rng.random() < 0.5
+    slope, root = rng.randint(2, 9), rng.randint(1, 15)
+    adds = slope * root < 20 or rng.random() < 0.5
+    shift = rng.randint(10, 59) if adds else rng.randint(10, slope * root - 10)
     value = slope * root + (shift if adds else -shift)
     working = f"{value}{'-' if adds else '+'}{shift}={slope * root},{slope * root}/{slope}={root}"
     question = f"solve {slope}x {'plus' if adds else 'minus'} {shift} is {value}?"
@@ -103,7 +104,7 @@ def _linear_equation(rng: random.Random) -> _Sketch:
 
 
 def _quadratic_sequence(rng: random.Random) -> _Sketch:
-    bend, slope, start = 2 * rng.randint(1, 5), rng.randint(0, 19), rng.randint(0, 49)
+    bend, slope, start = rng.randint(1, 5), rng.randint(0, 14), rng.randint(10, 69)
     terms = [start + slope * n + bend * n * (n - 1) // 2 for n in range(5)]
     first, second, third, last = (b - a for a, b in pairwise(terms))
     working = f"{first},{second},{third}+{bend}={last},{terms[3]}+{last}={terms[4]}"
@@ -121,7 +122,7 @@ SUBJECTS: dict[str, Callable[[random.Random], _Sketch]] = {
 }
 
 
-def problem_stream(split: str, seed: int, bare_share: float = 0.5) -> Iterator[Problem]:
+def problem_stream(split: str, seed: int, bare_share: float = 0.35) -> Iterator[Problem]:
     """Problems without end, the subjects in turn; a question may come again.
 
     `split` is `train` or `test`; the two share no question, since a hash of the question decides which
@@ -146,7 +147,7 @@ def problem_stream(split: str, seed: int, bare_share: float = 0.5) -> Iterator[P
 
 
 def distinct_problems(
-    split: str, count_per_subject: int, seed: int, bare_share: float = 0.5
+    split: str, count_per_subject: int, seed: int, bare_share: float = 0.35
 ) -> list[Problem]:
     """`count_per_subject` problems of every subject, no question twice, subjects mixed.
 
@@ -180,11 +181,6 @@ def take(stream: Iterator[Problem], number: int) -> list[Problem]:
 def _split_of(question: str) -> str:
     digest = hashlib.sha256(f"tiny split {question}".encode()).digest()
     return "test" if int.from_bytes(digest[:4], "big") < TEST_SHARE * 2**32 else "train"
-
-
-def _two_sizes(rng: random.Random) -> int:
-    """A number of two digits, or of three with probability 1/4."""
-    return rng.randint(10, 99) if rng.random() < 0.75 else rng.randint(100, 999)
 
 
 def _digits(number: int) -> list[int]:

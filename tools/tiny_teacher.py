@@ -45,16 +45,18 @@ class TrainingOptions:
     steps: int | None = None
     seconds: float | None = None
     seed: int = 0
-    batch_size: int = 64
+    batch_size: int = 32
     peak_lr: float = 3e-3
     weight_decay: float = 0.01
-    bare_share: float = 0.5
-    bucket_batches: int = 8
+    bare_share: float = 0.35
+    bucket_batches: int = 16
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
             raise UserError("set exactly one of steps and minutes")
-        if (self.steps or 1) < 1 or (self.seconds or 1) <= 0:
+        if (1 if self.steps is None else self.steps) < 1 or (
+            1 if self.seconds is None else self.seconds
+        ) <= 0:
             raise UserError(f"steps={self.steps}, seconds={self.seconds}: must be positive")
 
 

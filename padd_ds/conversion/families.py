@@ -102,9 +102,8 @@ def student_config(config: Any, family: Family, slicing: Slicing, dtype_name: st
     `routed_scaling_factor` is top_k, so that the normalised weights of the chosen experts are about 1
     each, and exactly 1 where all are chosen with equal scores.
     """
-    fields = {name: getattr(config, name) for name in COPIED_FIELDS}
-    return Glm4MoeConfig(
-        **fields,
+    settings = {name: getattr(config, name) for name in COPIED_FIELDS}
+    settings.update(
         head_dim=head_dim_of(config),
         attention_bias=family.qkv_bias,
         use_qk_norm=family.qk_norm,
@@ -125,6 +124,7 @@ def student_config(config: Any, family: Family, slicing: Slicing, dtype_name: st
         architectures=["Glm4MoeForCausalLM"],
         dtype=dtype_name,
     )
+    return Glm4MoeConfig(**settings)
 
 
 def head_dim_of(config: Any) -> int:

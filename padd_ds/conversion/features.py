@@ -23,14 +23,14 @@ def contributions(hidden_SF: torch.Tensor, w_down_DF: torch.Tensor) -> torch.Ten
 def contribution_pattern(contribution_SF: torch.Tensor) -> torch.Tensor:
     """[F, S']: on which tokens a neuron contributes most, each row of length 1.
 
-    The square root of a neuron's share of its token's total contribution. At most MAX_FEATURE_TOKENS
-    tokens, evenly spaced.
+    The neuron's share of its token's total contribution, on at most MAX_FEATURE_TOKENS evenly spaced
+    tokens.
     Choice: rows of equal length, so that neurons group by when they fire and not by how much.
     """
     step = -(-len(contribution_SF) // MAX_FEATURE_TOKENS)
     sample_SF = contribution_SF[::step]
     share_SF = sample_SF / sample_SF.sum(dim=1, keepdim=True).clamp(min=1e-30)
-    return functional.normalize(share_SF.sqrt().T, dim=1)
+    return functional.normalize(share_SF.T, dim=1)
 
 
 def weight_importance(w_gate_FD: torch.Tensor, w_down_DF: torch.Tensor) -> torch.Tensor:

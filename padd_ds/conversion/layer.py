@@ -23,7 +23,6 @@ from padd_ds.conversion.options import ConversionOptions, Slicing
 from padd_ds.conversion.prior import cluster_activation_means
 from padd_ds.conversion.quality import between_cluster_share, silhouette, size_variation
 from padd_ds.conversion.router import (
-    Router,
     expert_contributions,
     load_variation,
     make_router,
@@ -53,10 +52,10 @@ class LayerQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedLayer:
-    """`members_NG`: neurons of every slice, routed slices first."""
+    """`members_NG`: neurons of every slice, routed slices first; `router_ED`: rows of the router."""
 
     members_NG: torch.Tensor
-    router: Router
+    router_ED: torch.Tensor
     targets: LayerTargets
     quality: LayerQuality
 
@@ -77,45 +76,65 @@ class Ffn:
 def convert_layer(
     ffn: Ffn, x_SD: torch.Tensor | None, slicing: Slicing, options: ConversionOptions, generator: torch.Generator
 ) -> ConvertedLayer:
-    """Cut an FFN into shared and routed slices. `x_SD`: its calibration inputs, None without data."""
-    hidden_SF = None if x_SD is None else hidden_activations(x_SD, ffn.gate_FD, ffn.up_FD)
-    contribution_SF = None if hidden_SF is None else contributions(hidden_SF, ffn.down_DF)
-    importance_F = (
-        weight_importance(ffn.gate_FD, ffn.down_DF) if contribution_SF is None else contribution_SF.mean(dim=0)
-    )
+    """Cut an FFN into shared and routed slices. `x_SD`: its calibration inputs in fp32, None without data."""
+    importance_F, features_FC, hidden_SF = describe_neurons(ffn, x_SD, options.cluster)
     shared, routed = split_shared(importance_F, slicing)
-    use_weights = options.cluster == "weights" or contribution_SF is None
-    features_FC = ffn.gate_FD if use_weights else contribution_pattern(contribution_SF)  # type: ignore[arg-type]
     clustering = group(options.cluster, features_FC[routed], slicing.routed, generator)
     assignment_F = torch.empty(slicing.width, dtype=torch.long, device=importance_F.device)
     assignment_F[routed] = clustering.assignment_P
     assignment_F[shared] = slicing.routed + torch.arange(len(shared), device=shared.device) // slicing.slice_width
     members_NG = torch.argsort(assignment_F, stable=True).view(slicing.experts, slicing.slice_width)
     members_EG = members_NG[: slicing.routed]
-    target_SE = None if hidden_SF is None else expert_contributions(hidden_SF, ffn.down_DF, members_EG)
-    router = make_router(options.router, ffn.gate_FD, members_EG, x_SD, target_SE, generator)
-    mean_E = None if hidden_SF is None else cluster_activation_means(hidden_SF, members_EG)
-    return ConvertedLayer(
-        members_NG=members_NG,
-        router=router,
-        targets=LayerTargets(
-            assignment_F=assignment_F,
-            centroids=clustering.centroids_EC,
-            activation_mean_E=mean_E,
-            expert_prior_E=None if mean_E is None else expert_prior(mean_E, options.prior_temperature),
-        ),
-        quality=LayerQuality(
-            objective=within_cluster_cost(features_FC[routed], clustering.centroids_EC, clustering.assignment_P),
-            silhouette=silhouette(features_FC[routed], clustering.assignment_P, generator),
-            between_cluster_share=between_cluster_share(
-                features_FC[routed], clustering.centroids_EC, clustering.assignment_P
-            ),
-            size_variation=size_variation(clustering.assignment_P, slicing.routed),
-            load_variation=None if x_SD is None else load_variation(router, x_SD, slicing.top_k),
-            shared_contribution=(
-                None if contribution_SF is None else float(importance_F[shared].sum() / importance_F.sum())
-            ),
-        ),
+
+    contribution_SE = mean_E = load = shared_share = None
+    if x_SD is not None and hidden_SF is not None:
+        contribution_SE = expert_contributions(hidden_SF, ffn.down_DF, members_EG)
+        mean_E = cluster_activation_means(hidden_SF, members_EG)
+        shared_share = float(importance_F[shared].sum() / importance_F.sum())
+    router_ED = make_router(options.router, ffn.gate_FD, members_EG, x_SD, contribution_SE, generator)
+    if x_SD is not None:
+        load = load_variation(router_ED, x_SD, slicing.top_k)
+    targets = LayerTargets(
+        assignment_F=assignment_F,
+        centroids_EC=clustering.centroids_EC,
+        activation_mean_E=mean_E,
+        expert_prior_E=None if mean_E is None else expert_prior(mean_E, options.prior_temperature),
+    )
+    quality = judge(features_FC[routed], clustering, generator, load, shared_share)
+    return ConvertedLayer(members_NG=members_NG, router_ED=router_ED, targets=targets, quality=quality)
+
+
+def describe_neurons(
+    ffn: Ffn, x_SD: torch.Tensor | None, cluster: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Importance [F], features [F, C] and, with data, activations [S, F] of the neurons.
+
+    Features are the contribution patterns, or the gate rows for `weights` and wherever there is no data.
+    """
+    if x_SD is None:
+        return weight_importance(ffn.gate_FD, ffn.down_DF), ffn.gate_FD, None
+    hidden_SF = hidden_activations(x_SD, ffn.gate_FD, ffn.up_FD)
+    contribution_SF = contributions(hidden_SF, ffn.down_DF)
+    features_FC = ffn.gate_FD if cluster == "weights" else contribution_pattern(contribution_SF)
+    return contribution_SF.mean(dim=0), features_FC, hidden_SF
+
+
+def judge(
+    features_PC: torch.Tensor,
+    clustering: Clustering,
+    generator: torch.Generator,
+    load: float | None,
+    shared_contribution: float | None,
+) -> LayerQuality:
+    """The quality of a grouping of the routed neurons."""
+    assignment_P, centroids_EC = clustering.assignment_P, clustering.centroids_EC
+    return LayerQuality(
+        objective=within_cluster_cost(features_PC, centroids_EC, assignment_P),
+        silhouette=silhouette(features_PC, assignment_P, generator),
+        between_cluster_share=between_cluster_share(features_PC, centroids_EC, assignment_P),
+        size_variation=size_variation(assignment_P, len(centroids_EC)),
+        load_variation=load,
+        shared_contribution=shared_contribution,
     )
 
 

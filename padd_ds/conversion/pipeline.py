@@ -172,7 +172,7 @@ def _write_weights(
         ffn = _read_ffn(teacher.weights, source)
         x_SD = None if inputs is None else inputs[source].to(options.device, torch.float32)
         converted = _convert_on(options, ffn, x_SD, slicing, layer)
-        for name, tensor in moe_tensors(layer, ffn, converted.members_NG.cpu(), converted.router):
+        for name, tensor in moe_tensors(layer, ffn, converted.members_NG.cpu(), converted.router_ED):
             keep = name.endswith("e_score_correction_bias")  # the class keeps this one in fp32
             writer.add(name, tensor if keep else tensor.to(dtype))
         targets.append(converted.targets)

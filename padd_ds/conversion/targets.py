@@ -3,6 +3,7 @@
 Shapes: L student layers, F neurons of the teacher's FFN, E routed experts.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from safetensors.torch import save_file
 from padd_ds.errors import UserError
 
 FILE_NAME = "padd_targets.safetensors"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = 1
+METADATA_KEY = "padd_targets"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class LayerTargets:
     """One layer: `assignment_F` (expert of every neuron: routed 0..E-1, shared E..N-1), centroids, hbar, p_T."""
 
     assignment_F: torch.Tensor
-    centroids: torch.Tensor
+    centroids_EC: torch.Tensor
     activation_mean_E: torch.Tensor | None
     expert_prior_E: torch.Tensor | None
 
@@ -55,17 +57,19 @@ def save_targets(
     tensors = {"layer_map": torch.tensor(layer_map, dtype=torch.int32)}
     for index, layer in enumerate(layers):
         tensors[f"layers.{index}.assignment"] = layer.assignment_F.int()
-        tensors[f"layers.{index}.centroids"] = layer.centroids.float()
+        tensors[f"layers.{index}.centroids"] = layer.centroids_EC.float()
         if layer.activation_mean_E is not None and layer.expert_prior_E is not None:
             tensors[f"layers.{index}.activation_mean"] = layer.activation_mean_E.float()
             tensors[f"layers.{index}.expert_prior"] = layer.expert_prior_E.float()
     metadata = {
         "format_version": FORMAT_VERSION,
-        "prior_temperature": repr(prior_temperature),
+        "prior_temperature": prior_temperature,
         "cluster": cluster,
         "router": router,
     }
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / FILE_NAME, metadata)
+    # One entry: safetensors writes several in an order that changes from run to run.
+    packed = {METADATA_KEY: json.dumps(metadata)}
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / FILE_NAME, packed)
 
 
 def load_targets(folder: Path) -> ConversionTargets:
@@ -75,7 +79,7 @@ def load_targets(folder: Path) -> ConversionTargets:
         raise UserError(f"{path}: no such file; {folder} must be written by padd-convert")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         if metadata.get("format_version") != FORMAT_VERSION:
             version = metadata.get("format_version")

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from padd_ds.conversion.families import Family, copied_layer_tensors
-from padd_ds.conversion.router import Router
 from padd_ds.conversion.teacher import TeacherWeights
 
 SHARD_BYTES = 4 << 30
@@ -79,18 +78,18 @@ def moe_tensors(
     layer: int,
     ffn: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     members_NG: torch.Tensor,
-    router: Router,
+    router_ED: torch.Tensor,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Router, routed experts and the shared expert of a layer, cut out of the teacher's FFN.
 
     `ffn` is gate [F, D], up [F, D], down [D, F]; `members_NG` the neurons of every slice, the E
-    routed ones (as many as the router has rows) first.
+    routed ones (as many as `router_ED` has rows) first.
     """
     gate_FD, up_FD, down_DF = ffn
     prefix = f"model.layers.{layer}.mlp"
-    n_routed = len(router.weight_ED)
-    yield f"{prefix}.gate.weight", router.weight_ED
-    yield f"{prefix}.gate.e_score_correction_bias", router.bias_E
+    n_routed = len(router_ED)
+    yield f"{prefix}.gate.weight", router_ED
+    yield f"{prefix}.gate.e_score_correction_bias", torch.zeros(n_routed)
     slices = {f"experts.{index}": members_NG[index] for index in range(n_routed)}
     slices["shared_experts"] = members_NG[n_routed:].flatten()
     for name, neurons in slices.items():

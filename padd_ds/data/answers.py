@@ -23,16 +23,23 @@ class AnswerFormat:
     `boxed`: the last `\\boxed{}`. `hash`: after the last `####`. `last_number`, `first_line` (the first that
     is not blank): as they say. `pattern`: the last match of `pattern`."""
     pattern: str | None = None
-    """Regular expression with one group; needed by, and only used with, `pattern`."""
+    """Regular expression with one group. It turns `auto` into `pattern`; any other name refuses it."""
 
     def __post_init__(self) -> None:
         if self.name not in ANSWER_FORMATS:
             known = ", ".join(ANSWER_FORMATS)
             raise UserError(f"answer format {self.name!r} is unknown; choose one of {known}")
-        if (self.name == "pattern") != (self.pattern is not None):
-            raise UserError(f"answer format {self.name!r}: give a pattern with 'pattern', and only with it")
+        if self.name == "pattern" and self.pattern is None:
+            raise UserError("answer format 'pattern' needs a pattern with one group")
+        if self.name not in ("auto", "pattern") and self.pattern is not None:
+            raise UserError(f"answer format {self.name!r} takes no pattern; leave out one of the two")
         if self.pattern is not None and compile_pattern(self.pattern, "answer pattern").groups != 1:
             raise UserError(f"answer pattern {self.pattern!r} must have exactly one group (...)")
+
+    @property
+    def by_math_verify(self) -> bool:
+        """Whether finding the answer is left to math-verify."""
+        return self.name == "auto" and self.pattern is None
 
 
 def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:
@@ -46,10 +53,9 @@ def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:
 def extract_answer(response: str, answer_format: AnswerFormat) -> str | None:
     """The final answer in `response`, stripped; None if there is none, or one of over 2000 characters.
 
-    Every format but `auto`, which has to be left to math-verify.
+    For every format but the one that is `by_math_verify`.
     """
-    if answer_format.name == "pattern":
-        assert answer_format.pattern is not None
+    if answer_format.pattern is not None:
         found = list(re.finditer(answer_format.pattern, response, re.MULTILINE))
         answer = found[-1][1] if found else None
     else:

@@ -25,8 +25,8 @@ EXPERT_PARALLEL_KEYS = {"glm4_moe": GLM4_MOE_KEYS}
 
 def expert_parallel_keys(model_config: Any) -> dict[str, Any]:
     """The keys of DeepSpeed's expert_parallel section for a student; UserError for a class without them."""
-    try:
-        return dict(EXPERT_PARALLEL_KEYS[model_config.model_type])
-    except KeyError:
+    if model_config.model_type not in EXPERT_PARALLEL_KEYS:
         known = ", ".join(EXPERT_PARALLEL_KEYS)
-        raise UserError(f"student class {model_config.model_type} cannot be trained yet; known: {known}") from None
+        raise UserError(f"student class {model_config.model_type} cannot be trained yet; known: {known}")
+    keys = EXPERT_PARALLEL_KEYS[model_config.model_type]
+    return keys | {"routed_scaling_factor": model_config.routed_scaling_factor}

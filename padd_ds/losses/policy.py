@@ -112,6 +112,7 @@ def _masked_log_ratio(logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Ten
 def _clipped_terms(
     log_ratio_BT: Tensor, penalty_BT: Tensor, advantage_B: Tensor, mask_BT: Tensor, options: PolicyOptions
 ) -> PolicyTerms:
+    """Takes log ratios and penalties that are 0 in padding, so that every diagnostic is 0 there."""
     ratio_BT = log_ratio_BT.exp()
     advantage_B1 = advantage_B.to(ratio_BT.dtype)[:, None]
     discounted_BT = ratio_BT * torch.exp(-penalty_BT * (advantage_B1 < 0))
@@ -122,10 +123,10 @@ def _clipped_terms(
     with torch.no_grad():
         return PolicyTerms(
             loss_sum=loss_sum,
-            ratio_deviation_sum=((ratio_BT - 1).abs() * mask_BT).sum(),
-            penalty_sum=(penalty_BT * mask_BT).sum(),
-            clipped_tokens=((clipped_BT < free_BT) & mask_BT).sum(),
-            kl_old_sum=((ratio_BT - 1 - log_ratio_BT) * mask_BT).sum(),
+            ratio_deviation_sum=(ratio_BT - 1).abs().sum(),
+            penalty_sum=penalty_BT.sum(),
+            clipped_tokens=(clipped_BT < free_BT).sum(),
+            kl_old_sum=(ratio_BT - 1 - log_ratio_BT).sum(),
             tokens=mask_BT.sum(),
         )
 

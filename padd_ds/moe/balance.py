@@ -101,7 +101,7 @@ def update_balance(
     """The state after an optimiser step, its new bias included.
 
     counts_LE: routed slots per expert; advantage sum and count: over the response tokens routed to it;
-    spread_L: standard deviation of the layer's router scores. A layer without tokens stays as it was, and so
+    spread_L: how far router scores differ between experts. A layer without tokens stays as it was, and so
     does the EMA of an expert without advantages.
     """
     ema_LE, updates_LE = _updated_ema(state, advantage_sum_LE, advantage_count_LE, options.ema_weight)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from padd_ds.data.answers import AnswerFormat, extract_answer, is_integer, same_answer
+from padd_ds.data.answers import AnswerFormat, extract_answer, is_integer, last_boxed, same_answer
 from padd_ds.rollout.verify_worker import READY, encode_task
 
 STATUSES = ("ok", "no_answer", "gold_unparsable", "timeout", "error")
@@ -79,8 +79,14 @@ class AnswerChecker:
         return [verdict for pair in pairs if (verdict := verdicts[pair]) is not None]
 
     def _judge_here(self, response: str, gold: str) -> Verdict | None:
-        # `pattern` is the user's own and may backtrack for ever, so it is left to the workers.
-        if self._format.name in ("auto", "pattern"):
+        """The verdict that plain text gives beyond doubt, without a process."""
+        if self._format.by_math_verify:
+            boxed = last_boxed(response)
+            # A box that says the same is right; whether it is the only answer is math-verify's to say.
+            if boxed and same_answer(boxed, gold):
+                return Verdict(correct=True, status="ok", extracted=boxed)
+            return None
+        if self._format.pattern is not None:  # the user's own: it may backtrack for ever
             return None
         extracted = extract_answer(response, self._format)
         if extracted is None:

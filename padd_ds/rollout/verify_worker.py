@@ -49,7 +49,7 @@ def judge(response: str, gold: str, answer_format: AnswerFormat) -> dict[str, An
     """The verdict on one response as `{"status", "correct", "extracted"}`, without a time limit."""
     from math_verify import verify
 
-    if answer_format.name == "auto":
+    if answer_format.by_math_verify:
         extracted, parsed = _parse(response)
     else:
         extracted = extract_answer(response, answer_format) or ""
@@ -57,7 +57,8 @@ def judge(response: str, gold: str, answer_format: AnswerFormat) -> dict[str, An
     same = same_answer(extracted, gold)
     if extracted and same is not None:
         return _verdict("ok", same, extracted)
-    parsed_gold = _parse(gold if "$" in gold else f"\\boxed{{{gold}}}")[1] if gold.strip() else []
+    has_formula = "$" in gold.replace("\\$", "")
+    parsed_gold = _parse(gold if has_formula else f"\\boxed{{{gold}}}")[1] if gold.strip() else []
     if not parsed_gold:
         return _verdict("gold_unparsable", False, extracted)
     if not extracted:

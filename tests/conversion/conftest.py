@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tests.conversion.tiny_teachers import make_teacher, write_calibration_text
 
 

@@ -7,21 +7,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tests.conversion.tiny_teachers import make_teacher
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from padd_ds.conversion.options import ConversionOptions
 from padd_ds.conversion.pipeline import convert
 from padd_ds.conversion.targets import load_targets
+from tests.conversion.tiny_teachers import make_teacher
 
 TOKENS = torch.arange(64).view(2, 32) * 37 % 256
 
 
 def options(teacher: Path, output: Path, calibration: Path | None, **changes: Any) -> ConversionOptions:
     settings: dict[str, Any] = {"experts": 8, "shared_experts": 2, "top_k": 3, "calibration_tokens": 1024}
-    return ConversionOptions(
-        teacher=str(teacher), output=output, calibration=calibration, **{**settings, **changes}
-    )
+    return ConversionOptions(teacher=str(teacher), output=output, calibration=calibration, **{**settings, **changes})
 
 
 def load_all_active(folder: Path) -> Any:
@@ -216,9 +214,7 @@ def test_report_counts_the_parameters_that_the_models_have(
 def test_existing_output_is_replaced_with_overwrite(tmp_path: Path, llama_teacher: Path) -> None:
     (tmp_path / "student").mkdir()
     (tmp_path / "student/old").write_text("old")
-    convert(
-        options(llama_teacher, tmp_path / "student", None, cluster="weights", router="centroid", overwrite=True)
-    )
+    convert(options(llama_teacher, tmp_path / "student", None, cluster="weights", router="centroid", overwrite=True))
     assert not (tmp_path / "student/old").exists()
     assert (tmp_path / "student/config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["student"]

@@ -69,6 +69,8 @@ def make_teacher(folder: Path, family: str = "llama", dtype: torch.dtype = torch
 
 def write_calibration_text(path: Path) -> Path:
     """A little text with some variety."""
-    lines = [f"{a} plus {b} is {a + b}; the {chr(97 + a)} goes to {chr(100 + b)}." for a in range(12) for b in range(12)]
+    lines = [
+        f"{a} plus {b} is {a + b}; the {chr(97 + a)} goes to {chr(100 + b)}." for a in range(12) for b in range(12)
+    ]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

@@ -28,8 +28,9 @@ def test_answer_is_found_where_the_format_says(name, response, answer):
     assert extract_answer(response, AnswerFormat(name=name)) == answer
 
 
-def test_pattern_takes_the_last_match_of_any_line():
-    wanted = AnswerFormat(name="pattern", pattern=r"#(-?\d+)$")
+@pytest.mark.parametrize("name", ["auto", "pattern"])
+def test_pattern_takes_the_last_match_of_any_line(name):
+    wanted = AnswerFormat(name=name, pattern=r"#(-?\d+)$")
     assert extract_answer("#1\n1+1=2#-2\n#x", wanted) == "-2"
     assert extract_answer("none", wanted) is None
 
@@ -72,8 +73,8 @@ def test_last_boxed_skips_escaped_braces():
     ("options", "message"),
     [
         ({"name": "guess"}, "choose one of auto, boxed"),
-        ({"name": "pattern"}, "give a pattern"),
-        ({"name": "boxed", "pattern": "(.)"}, "give a pattern"),
+        ({"name": "pattern"}, "needs a pattern"),
+        ({"name": "boxed", "pattern": "(.)"}, "takes no pattern"),
         ({"name": "pattern", "pattern": "(a)(b)"}, "exactly one group"),
         ({"name": "pattern", "pattern": "("}, "not a regular expression"),
     ],

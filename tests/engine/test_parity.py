@@ -5,12 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_grad
 
 from padd_ds.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
-from padd_ds.engine.weights import local_tensors
+from padd_ds.engine.weights import EXPERT_NAMES, checkpoint_name, local_tensors
+from padd_ds.losses.prior import expert_prior
 from padd_ds.losses.tokens import cross_entropy_sum, global_mean
+from padd_ds.losses.warmup import init_kl
+from padd_ds.stages.warmup import student_activity
 from tests.ranks import run_ranks
 from tests.tiny import tiny_student
 
@@ -110,3 +114,53 @@ def test_a_step_equals_plain_transformers(world: int, stage: int, expert_paralle
             rtol=0,
             atol=2e-5,
         )
+
+
+PRIOR_E = torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+
+def gradients(ranks: Ranks, expert_parallel: int) -> dict[str, torch.Tensor]:
+    """Gradients of a language-model loss plus L_init, by checkpoint name, from a sigmoid of all sorts of tokens."""
+    student = build(ranks, 2, expert_parallel)
+    tokens_BT, mask_BT = (part.chunk(ranks.world)[ranks.rank] for part in batch())
+    student.engine.train()
+    with student.recording(inputs=True) as record:
+        logits_BTV = student.engine(input_ids=tokens_BT, attention_mask=mask_BT.long(), use_cache=False).logits
+    loss_sum = cross_entropy_sum(logits_BTV[:, :-1], tokens_BT[:, 1:], mask_BT[:, 1:])
+    assert record.inputs_SD is not None
+    init = torch.stack(
+        [
+            init_kl(expert_prior(student_activity(layer, record.inputs_SD[index]), 0.3), PRIOR_E)
+            for index, layer in enumerate(student.layers)
+        ]
+    ).mean()
+    loss = global_mean(loss_sum, batch()[1][:, 1:].sum(), ranks.world)
+    student.backward(loss + init * expert_parallel)
+    return dict(_full_gradients(student))
+
+
+def _full_gradients(student: Student) -> Any:
+    for name, parameter in student.model.named_parameters():
+        gradient = safe_get_full_grad(parameter)
+        plain = checkpoint_name(name)
+        if plain is not None:
+            yield plain, gradient.clone()
+            continue
+        prefix, stacked = name.rsplit(".", 1)
+        first = student.layers[0].ep_rank * student.layers[0].num_local_experts
+        for offset, part in enumerate(gradient):
+            yield f"{prefix}.{first + offset}.{EXPERT_NAMES[stacked]}.weight", part.clone()
+
+
+def test_gradients_do_not_depend_on_expert_parallelism() -> None:
+    """L_init sees the tokens of a whole expert-parallel group, so its sample is made equal: all tokens."""
+    alone = run_ranks(gradients, 1, 1)[0]
+    for world, expert_parallel in ((2, 2), (4, 4)):
+        by_rank = run_ranks(gradients, world, expert_parallel)
+        merged = {name: gradient for result in by_rank for name, gradient in result.items()}
+        assert set(merged) == set(alone)
+        for name, expected in alone.items():
+            scale = float(expected.abs().max())
+            assert scale > 0, name
+            difference = float((merged[name] - expected).abs().max())
+            assert difference <= 1e-6 * scale, (name, expert_parallel, difference / scale)

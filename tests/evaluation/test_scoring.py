@@ -41,10 +41,10 @@ def test_nothing_countable_gives_the_widest_interval():
 def test_a_model_is_scored_by_what_it_says(batch_size):
     model, tokenizer = tiny_student(vocabulary=len(VOCABULARY)), character_tokenizer()
     options = EvaluationOptions(
-        answer_format=AnswerFormat(name="pattern", pattern=r"\A\s*(\S)"),
+        answer_format=AnswerFormat(name="last_number"),
         generation=GenerationOptions(max_new_tokens=6, batch_size=batch_size),
     )
-    questions = [Problem(question=text, answer="0") for text in ("1 + 2", "12 - 7", "x")]
+    questions = [Problem(question=text, answer="-1") for text in ("1 + 2", "12 - 7", "7")]
     first = evaluate_problems(model, tokenizer, questions, options)
     assert first.correct == 0
     said = [response.extracted for response in first.responses]
@@ -52,4 +52,4 @@ def test_a_model_is_scored_by_what_it_says(batch_size):
     right = [Problem(question=row.question, answer=text) for row, text in zip(questions, said, strict=True)]
     again = evaluate_problems(model, tokenizer, [*right[:2], questions[2]], options)
     assert [response.correct for response in again.responses] == [True, True, False]
-    assert [response.gold for response in again.responses] == [*said[:2], "0"]
+    assert [response.gold for response in again.responses] == [*said[:2], "-1"]

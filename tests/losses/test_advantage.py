@@ -40,9 +40,7 @@ def test_the_best_response_has_the_largest_and_positive_advantage():
 def test_a_group_does_not_depend_on_its_neighbours_or_on_the_scale_of_rewards():
     rewards_PG = torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(group_advantages(rewards_PG)[2:3], group_advantages(rewards_PG[2:3]))
-    torch.testing.assert_close(
-        group_advantages(3 * rewards_PG + 5), group_advantages(rewards_PG), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(group_advantages(3 * rewards_PG + 5), group_advantages(rewards_PG), rtol=1e-4, atol=1e-5)
 
 
 def test_integer_and_half_precision_rewards_give_float32():

@@ -147,22 +147,16 @@ def test_the_fixed_rule_is_plain_distillation_at_the_base_temperature(student_BT
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_equal_distributions_have_no_divergence_and_no_gradient(teacher_BTV, mask_BT, direction, top_k):
     student_BTV = teacher_BTV.clone().requires_grad_()
-    loss = distillation_sum(
-        student_BTV, teacher_BTV, mask_BT, torch.ones(B), direction=direction, teacher_top_k=top_k
-    )
+    loss = distillation_sum(student_BTV, teacher_BTV, mask_BT, torch.ones(B), direction=direction, teacher_top_k=top_k)
     loss.backward()
     assert loss.item() == pytest.approx(0.0, abs=1e-14)
     torch.testing.assert_close(student_BTV.grad, torch.zeros_like(student_BTV), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("direction", DIVERGENCES)
-def test_cutting_the_teacher_never_raises_the_divergence(
-    student_BTV, teacher_BTV, mask_BT, temperature_B, direction
-):
+def test_cutting_the_teacher_never_raises_the_divergence(student_BTV, teacher_BTV, mask_BT, temperature_B, direction):
     sums = [
-        distillation_sum(
-            student_BTV, teacher_BTV, mask_BT, temperature_B, direction=direction, teacher_top_k=k
-        ).item()
+        distillation_sum(student_BTV, teacher_BTV, mask_BT, temperature_B, direction=direction, teacher_top_k=k).item()
         for k in range(1, V)
     ]
     assert sums == sorted(sums)
@@ -257,9 +251,7 @@ def test_bfloat16_logits_are_compared_in_float32(student_BTV, teacher_BTV, mask_
     student_BTV, teacher_BTV = student_BTV.bfloat16(), teacher_BTV.bfloat16()
     got = distillation_sum(student_BTV, teacher_BTV, mask_BT, torch.ones(B))
     assert got.dtype == torch.float32
-    assert torch.equal(
-        got, distillation_sum(student_BTV.float(), teacher_BTV.float(), mask_BT, torch.ones(B))
-    )
+    assert torch.equal(got, distillation_sum(student_BTV.float(), teacher_BTV.float(), mask_BT, torch.ones(B)))
 
 
 def test_different_vocabularies_are_refused(student_BTV, teacher_BTV, mask_BT):

@@ -190,9 +190,7 @@ def test_padding_is_never_read(batch, name, garbage):
 def test_terms_of_a_batch_are_the_sums_over_its_parts(batch, name, normalisation):
     options = dataclasses.replace(OPTIONS, normalisation=normalisation)
     whole = POLICY_LOSSES[name](*batch, options)
-    parts = [
-        POLICY_LOSSES[name](*(x[s] for x in batch), options) for s in (slice(0, 1), slice(1, 4), slice(4, B))
-    ]
+    parts = [POLICY_LOSSES[name](*(x[s] for x in batch), options) for s in (slice(0, 1), slice(1, 4), slice(4, B))]
     for field in dataclasses.fields(whole):
         total = sum(getattr(part, field.name) for part in parts)
         torch.testing.assert_close(total, getattr(whole, field.name), msg=field.name)
@@ -233,9 +231,7 @@ def test_bfloat16_is_computed_in_float32(batch):
     assert torch.equal(pr_grpo_sum(*half, OPTIONS).loss_sum, pr_grpo_sum(*full, OPTIONS).loss_sum)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"clip_low": -0.1}, {"clip_low": 1.1}, {"clip_high": -0.1}, {"shift_penalty": -1.0}]
-)
+@pytest.mark.parametrize("wrong", [{"clip_low": -0.1}, {"clip_low": 1.1}, {"clip_high": -0.1}, {"shift_penalty": -1.0}])
 def test_constants_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match="must be"):
         PolicyOptions(**wrong)

@@ -61,9 +61,7 @@ def test_token_logprobs_gradient(logits_BTV, targets_BT):
 
 
 def test_cross_entropy_sum_matches_plain_loops_over_unmasked_tokens(logits_BTV, targets_BT, mask_BT):
-    slow = sum(
-        -slow_logprob(logits_BTV[b, t], targets_BT[b, t]) for b in range(B) for t in range(T) if mask_BT[b, t]
-    )
+    slow = sum(-slow_logprob(logits_BTV[b, t], targets_BT[b, t]) for b in range(B) for t in range(T) if mask_BT[b, t])
     got = cross_entropy_sum(logits_BTV, targets_BT, mask_BT, chunk_tokens=4)
     assert got.shape == ()
     assert got.item() == pytest.approx(slow, rel=1e-12)
@@ -86,9 +84,7 @@ def test_cross_entropy_sum_never_reads_padding(logits_BTV, targets_BT, mask_BT):
 
 
 def test_cross_entropy_sum_of_a_batch_is_the_sum_over_its_rows(logits_BTV, targets_BT, mask_BT):
-    rows = [
-        cross_entropy_sum(logits_BTV[b : b + 1], targets_BT[b : b + 1], mask_BT[b : b + 1]) for b in range(B)
-    ]
+    rows = [cross_entropy_sum(logits_BTV[b : b + 1], targets_BT[b : b + 1], mask_BT[b : b + 1]) for b in range(B)]
     torch.testing.assert_close(sum(rows), cross_entropy_sum(logits_BTV, targets_BT, mask_BT))
 
 
@@ -117,15 +113,12 @@ def test_global_mean_without_tokens_is_zero():
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_averaging_global_means_over_ranks_gives_the_mean_over_all_tokens(
-    logits_BTV, targets_BT, mask_BT, world_size
-):
+def test_averaging_global_means_over_ranks_gives_the_mean_over_all_tokens(logits_BTV, targets_BT, mask_BT, world_size):
     count = int(mask_BT.sum())
     expected = cross_entropy_sum(logits_BTV, targets_BT, mask_BT) / count
     shards = [slice(rank * B // world_size, (rank + 1) * B // world_size) for rank in range(world_size)]
     per_rank = [
-        global_mean(cross_entropy_sum(logits_BTV[s], targets_BT[s], mask_BT[s]), count, world_size)
-        for s in shards
+        global_mean(cross_entropy_sum(logits_BTV[s], targets_BT[s], mask_BT[s]), count, world_size) for s in shards
     ]
     torch.testing.assert_close(torch.stack(per_rank).mean(), expected)
 

@@ -12,9 +12,7 @@ def test_init_kl_by_hand():
 
 
 def test_init_kl_matches_plain_loops_and_sums_layers():
-    student_LE, teacher_LE = (
-        torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).double().softmax(-1)
-    )
+    student_LE, teacher_LE = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).double().softmax(-1)
     pairs = zip(student_LE.flatten().tolist(), teacher_LE.flatten().tolist(), strict=True)
     slow = sum(s * math.log(s / t) for s, t in pairs)
     assert init_kl(student_LE, teacher_LE).item() == pytest.approx(slow, rel=1e-12)

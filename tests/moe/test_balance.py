@@ -83,9 +83,7 @@ def test_the_printed_form_is_b_plus_eta_overload_plus_gamma_ema():
         generator = torch.Generator().manual_seed(u)
         counts_LE = torch.randint(1, 9, (L, E), generator=generator)
         mean_LE = torch.randn(L, E, generator=generator, dtype=torch.float64)
-        state = update_balance(
-            state, counts_LE, mean_LE * counts_LE, counts_LE, torch.full((L,), 9.0), PRINTED
-        )
+        state = update_balance(state, counts_LE, mean_LE * counts_LE, counts_LE, torch.full((L,), 9.0), PRINTED)
         ema_LE = 0.2 * mean_LE + 0.8 * ema_LE
         overload_LE = counts_LE.double() / counts_LE.sum(-1, keepdim=True) - 1 / E
         bias_LE = bias_LE + 0.03 * overload_LE + 0.2 * ema_LE / (1 - 0.8**u)
@@ -137,9 +135,7 @@ def test_the_corrective_sign_lowers_an_overloaded_expert_and_the_literal_one_rai
 @pytest.mark.parametrize("reward_bias", ["offset", "integrated"])
 def test_an_expert_of_good_responses_is_favoured(reward_bias):
     update = (torch.tensor([[5, 5]]), torch.tensor([[4.0, -4.0]]), torch.tensor([[5, 5]]), torch.ones(1))
-    state = update_balance(
-        BalanceState.start(torch.zeros(1, 2)), *update, BalanceOptions(reward_bias=reward_bias)
-    )
+    state = update_balance(BalanceState.start(torch.zeros(1, 2)), *update, BalanceOptions(reward_bias=reward_bias))
     assert state.bias_LE[0, 0] > 0 > state.bias_LE[0, 1]
 
 
@@ -221,9 +217,7 @@ def test_inputs_are_not_changed_in_place():
 
 def test_a_restored_state_goes_on_bitwise():
     updates = list(random_updates(6))
-    tensors = {
-        name: tensor.clone() for name, tensor in run(BalanceOptions(), updates[:3]).to_tensors().items()
-    }
+    tensors = {name: tensor.clone() for name, tensor in run(BalanceOptions(), updates[:3]).to_tensors().items()}
     state = BalanceState.from_tensors(tensors)
     for update in updates[3:]:
         state = update_balance(state, *update, BalanceOptions())
@@ -272,7 +266,7 @@ def simulate(options, *, experts=8, top_k=2, tokens=256, updates=200):
         counts_LE = expert_counts(selected_SK, torch.ones(tokens), experts)[None]
         history.append(counts_LE[0])
         nothing = torch.zeros_like(counts_LE)
-        state = update_balance(state, counts_LE, nothing, nothing, scores_SE.std()[None], options)
+        state = update_balance(state, counts_LE, nothing, nothing, scores_SE.std(-1).mean()[None], options)
     return history[0], torch.stack(history[-20:]).sum(0)
 
 

@@ -38,6 +38,8 @@ def boxed():
         (r"so $x = \frac{1}{2}$, \boxed{\frac12}", "0.5", True),
         ("The answer is 1,000 dollars.", "1000", True),
         ("the result is 15.", "13", False),
+        ("it costs $36.", r"\$36", True),
+        (r"\boxed{18.9}", r"\$18.90", True),
         (r"\boxed{(3, \frac{\pi}{2})}", r"\left( 3, \frac{\pi}{2} \right)", True),
         (r"$\boxed{2x+1}$", "1+2x", True),
         (r"\boxed{\text{Friday}}", r"\text{Friday}", True),
@@ -83,23 +85,23 @@ def test_integers_need_no_process():
 
 def test_a_hung_comparison_costs_its_timeout_and_nothing_else():
     hang = AnswerFormat(name="pattern", pattern=r"^((?:a|aa)+)$")
-    with AnswerChecker(hang, timeout_s=1.0) as checker:
+    with AnswerChecker(hang, timeout_s=3.0) as checker:
         checker.check([("a", "a")])  # start-up is not on the clock
         start = time.monotonic()
         verdicts = checker.check([("aaa", "aaa"), ("a" * 60 + "b", "a"), ("aa", "aa")])
         elapsed_s = time.monotonic() - start
     assert [verdict.status for verdict in verdicts] == ["ok", "timeout", "ok"]
-    assert 1.0 <= elapsed_s < 30.0
+    assert 3.0 <= elapsed_s < 60.0
 
 
 @pytest.mark.parametrize("unit", ["1 2 3 4 ", r"\frac{1}{", r"\boxed{", "9^{"])
 def test_a_huge_response_is_bounded_by_the_timeout(unit):
     response = "$" + unit * (100_000 // len(unit)) + "$"
-    with AnswerChecker(timeout_s=1.0) as checker:
+    with AnswerChecker(timeout_s=1.5) as checker:
         checker.check([("4", "4")])
         start = time.monotonic()
         verdict = checker.check([(response, "5")])[0]
-        assert time.monotonic() - start < 10.0
+        assert time.monotonic() - start < 30.0
     assert not verdict.correct
 
 

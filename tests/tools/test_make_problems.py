@@ -1,22 +1,30 @@
+import importlib.util
 import json
-import subprocess
-import sys
+from types import ModuleType
 
 import pytest
+
+from padd_ds.errors import UserError
 
 pytest.importorskip("reasoning_gym")
 
 SUMS = "chain_sum:subject=sum2,min_terms=2,max_terms=2,min_digits=1,max_digits=1"
 
 
+@pytest.fixture(scope="module")
+def tool(repository) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_problems", repository / "tools" / "make_problems.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
-def make(repository, tmp_path):
-    def run(*arguments: str, output: str = "out.jsonl") -> tuple[int, str, list[dict]]:
-        path = tmp_path / output
-        command = [sys.executable, str(repository / "tools" / "make_problems.py"), "--output", str(path)]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-        lines = path.read_text().splitlines() if path.exists() else []
-        return done.returncode, done.stderr, [json.loads(line) for line in lines]
+def make(tool, tmp_path):
+    def run(*arguments: str, output: str = "out.jsonl") -> list[dict]:
+        tool.main(["--output", str(tmp_path / output), *arguments])
+        return [json.loads(line) for line in (tmp_path / output).read_text().splitlines()]
 
     return run
 
@@ -30,7 +38,7 @@ def test_problems_are_distinct_right_and_reproducible(make):
         "--question",
         "What is {expression}?",
     )
-    _, _, rows = make(*arguments)
+    rows = make(*arguments)
     assert len({row["question"] for row in rows}) == 60
     assert {row["subject"] for row in rows} == {"sum2", "chain_sum"}
     for row in rows:
@@ -38,12 +46,12 @@ def test_problems_are_distinct_right_and_reproducible(make):
             row["question"].removeprefix("What is ").removesuffix("?").replace("- ", "-").replace("+ ", "")
         )
         assert sum(map(int, terms.split())) == int(row["answer"])
-    assert make(*arguments, output="again.jsonl")[2] == rows
+    assert make(*arguments, output="again.jsonl") == rows
 
 
 def test_excluded_questions_are_not_made(make, tmp_path):
-    _, _, first = make(SUMS, "--count", "100")
-    _, _, second = make(SUMS, "--count", "100", "--exclude", str(tmp_path / "out.jsonl"), output="b.jsonl")
+    first = make(SUMS, "--count", "100")
+    second = make(SUMS, "--count", "100", "--exclude", str(tmp_path / "out.jsonl"), output="b.jsonl")
     assert {row["question"] for row in first}.isdisjoint(row["question"] for row in second)
     assert len(second) == 100
 
@@ -51,7 +59,7 @@ def test_excluded_questions_are_not_made(make, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((SUMS, "--count", "201"), "only 200 distinct questions"),
+        ((SUMS, "--count", "201"), "only 200 distinct questions found"),
         (("no_such_task",), "not registered"),
         (("chain_sum:max_term=2",), "max_term"),
         (("chain_sum:max_terms",), "is not option=value"),
@@ -60,8 +68,7 @@ def test_excluded_questions_are_not_made(make, tmp_path):
         ((SUMS, "--exclude", "./none.jsonl"), "no such file"),
     ],
 )
-def test_mistakes_end_with_code_2_and_no_file(make, arguments, message):
-    code, stderr, rows = make(*arguments)
-    assert (code, rows) == (2, [])
-    assert message in stderr
-    assert len(stderr.splitlines()) == 1
+def test_mistakes_are_told_and_leave_no_file(make, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        make(*arguments)
+    assert list(tmp_path.iterdir()) == []

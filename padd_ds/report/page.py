@@ -1,0 +1,135 @@
+"""The report as one HTML file that needs no network and runs no script."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from padd_ds.errors import UserError
+from padd_ds.files import write_text_whole
+from padd_ds.report.numbers import readable
+from padd_ds.report.panels import NO_DATA, PHASES, routing_panels, training_panels
+from padd_ds.report.source import RunData, read_run
+from padd_ds.report.style import STYLE
+from padd_ds.report.tables import TableRow, html_table
+
+MAX_SAMPLES_PER_STEP = 4
+MAX_SAMPLE_CHARACTERS = 2000
+# Nothing may be loaded or run, whatever a response contains.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_HINT = (
+    "Thin lines: single steps, or means of neighbouring ones in a long run. Thick lines: running mean. "
+    "Beside a name: mean of the first tenth of the steps → mean of the last tenth."
+)
+
+
+def write_report(
+    path: Path, *, title: str, subtitle: str, rows: list[TableRow], runs: list[Path], notes: list[str]
+) -> None:
+    """Write a page on the models in `rows` and the run folders in `runs` to `path`, whole or not at all.
+
+    A part that a run did not log is left out or said to have no data. UserError, before anything is written,
+    where `path` is a folder or a run has no metrics.jsonl or an unreadable one.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the HTML file to write")
+    read = [read_run(folder) for folder in runs]
+    body = [_head(title, subtitle, read), _headline(rows, notes)]
+    body += [_run_section(run, index) for index, run in enumerate(read, start=1)]
+    write_text_whole(path, _document(title, "\n".join(body)))
+
+
+def _document(title: str, body: str) -> str:
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def _head(title: str, subtitle: str, runs: Sequence[RunData]) -> str:
+    links = ['<a href="#results">Results</a>']
+    links += [f'<a href="#run-{index}">{escape(_run_title(run))}</a>' for index, run in enumerate(runs, start=1)]
+    return f'<h1>{escape(title)}</h1>\n<p class="subtitle">{escape(subtitle)}</p>\n<nav>{"".join(links)}</nav>'
+
+
+def _headline(rows: Sequence[TableRow], notes: Sequence[str]) -> str:
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    listed = f'<ul class="notes">{listed}</ul>' if notes else ""
+    return f'<section id="results">\n<h2>Results</h2>\n{html_table(rows)}\n{listed}</section>'
+
+
+def _run_section(run: RunData, index: int) -> str:
+    key = f"run-{index}"
+    return f"""<section id="{key}">
+<h2>{escape(_run_title(run))}</h2>
+<p class="facts">{escape(_facts(run))}</p>
+<h3>Training</h3>
+<p class="hint">{_HINT}</p>
+<div class="panels">
+{training_panels(run, key)}
+</div>
+<h3>Routing by layer and expert</h3>
+<div class="panels">
+{routing_panels(run, key)}
+</div>
+<h3>Responses</h3>
+{_responses(run.samples)}
+<h3>Settings</h3>
+{_folded("Configuration (config.yaml)", run.config)}
+{_folded("Environment (environment.json)", run.environment)}
+</section>"""
+
+
+def _run_title(run: RunData) -> str:
+    return {"warmup": "Warm-up", "joint": "Joint training"}.get(run.stage, run.stage)
+
+
+def _facts(run: RunData) -> str:
+    facts = [str(run.folder), f"{len(run.metrics)} logged steps"]
+    if run.metrics:
+        facts.append(f"last step {run.metrics[-1]['step']}")
+    seconds = [line[phase] for line in run.metrics for phase in PHASES if phase in line]
+    if seconds:
+        facts.append(f"{readable(sum(seconds))} s")
+    return " · ".join(facts)
+
+
+def _responses(samples: Sequence[Mapping[str, Any]]) -> str:
+    """A few responses of the first step that has any, and of the last."""
+    if not samples:
+        return NO_DATA
+    parts = []
+    for step in dict.fromkeys((samples[0]["step"], samples[-1]["step"])):
+        chosen = [sample for sample in samples if sample["step"] == step][:MAX_SAMPLES_PER_STEP]
+        parts += [f'<p class="hint">Step {step}</p>', '<div class="samples">', *map(_response, chosen), "</div>"]
+    return "\n".join(parts)
+
+
+def _response(sample: Mapping[str, Any]) -> str:
+    facts = [f"{name} {sample[name]}" for name in ("gold", "status") if sample.get(name) is not None]
+    facts += [f"{name} {readable(sample[name])}" for name in ("reward", "advantage") if sample.get(name) is not None]
+    return (
+        f'<article class="sample"><header>{escape(" · ".join(facts))}</header>'
+        f"<p>{escape(_cut(sample.get('question', '')))}</p>"
+        f"<pre>{escape(_cut(sample.get('response', '')))}</pre></article>"
+    )
+
+
+def _cut(text: str) -> str:
+    left_out = len(text) - MAX_SAMPLE_CHARACTERS
+    return text if left_out <= 0 else f"{text[:MAX_SAMPLE_CHARACTERS]} … ({left_out} more characters)"
+
+
+def _folded(name: str, text: str | None) -> str:
+    content = NO_DATA if text is None else f"<pre>{escape(text)}</pre>"
+    return f"<details><summary>{escape(name)}</summary>{content}</details>"

@@ -1,0 +1,162 @@
+"""The kinds of plots in a report, each from numbers to an <svg> element.
+
+Legend: L layers, E experts, R records over time.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from padd_ds.report.numbers import power_of_ten, readable
+from padd_ds.report.source import Series
+from padd_ds.report.svg import GRID, INK, SERIES, drawing
+
+MAX_POINTS = 300
+"""A longer curve is drawn as means over that many blocks of steps."""
+MAX_BARS = 60
+_STEPS = (1, 2, 2.5, 5, 10)
+_SMOOTHED_FROM = 30
+_MARKED_UP_TO = 12
+_ABOVE, _BELOW = to_rgb("#d9711c"), to_rgb("#2f7fc4")
+_MAP_BASE_PX, _MAP_ROW_PX, _MAP_LARGEST_PX = 45, 8, 330
+
+
+def curves(
+    label: str,
+    key: str,
+    series: Sequence[Series],
+    *,
+    log: bool = False,
+    limits: tuple[float | None, float | None] = (None, None),
+    reference: float | None = None,
+) -> str:
+    """Values over steps: each logged step thin, their running mean thick; on a log axis only those above 0.
+
+    `limits` fixes the ends of the value axis where not None; `reference` is a dashed level.
+    """
+    with drawing(label, key) as result:
+        axes = result.axes
+        for one, colour in zip(series, SERIES, strict=False):
+            _curve(axes, one, colour)
+        if reference is not None:
+            axes.axhline(reference, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        _step_axis(axes)
+        _value_axis(axes, log, limits)
+    return result.svg
+
+
+def stacked_bars(label: str, key: str, series: Sequence[Series]) -> str:
+    """One bar per step (or block of steps, with means), the series on top of each other; same steps in all."""
+    with drawing(label, key) as result:
+        axes = result.axes
+        steps = block_means(series[0].steps, MAX_BARS)
+        width = 0.8 * (np.diff(steps).min() if len(steps) > 1 else 1.0)
+        bottom = np.zeros(len(steps))
+        for one, colour in zip(series, SERIES, strict=False):
+            heights = block_means(one.values, MAX_BARS)
+            axes.bar(steps, heights, width, bottom, color=colour, linewidth=0)
+            bottom += heights
+        _step_axis(axes)
+        _value_axis(axes, False, (0.0, None))
+    return result.svg
+
+
+def expert_map(label: str, key: str, values_LE: np.ndarray, limit: float) -> str:
+    """Cells by layer and expert: orange above 0, blue below, full colour at +-limit."""
+    n_layers, n_experts = values_LE.shape
+    with drawing(label, key, _map_height_px(n_layers)) as result:
+        axes = result.axes
+        _cells(axes, values_LE / limit, (-0.5, n_experts - 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=_STEPS, integer=True))
+        axes.set_xlabel("expert", labelpad=2)
+    return result.svg
+
+
+def layers_over_steps(label: str, key: str, steps_R: Sequence[int], values_RL: np.ndarray, limit: float) -> str:
+    """Cells by record and layer: no colour at 0, full colour at `limit`."""
+    n_records, n_layers = values_RL.shape
+    with drawing(label, key, _map_height_px(n_layers)) as result:
+        axes = result.axes
+        _cells(axes, values_RL.T / limit, (-0.5, n_records - 0.5))
+        # records need not be evenly spaced in steps, so each column is labelled by its own step
+        ticks = np.unique(np.linspace(0, n_records - 1, min(n_records, 6)).round().astype(int))
+        axes.set_xticks(ticks, [str(steps_R[tick]) for tick in ticks])
+        axes.set_xlabel("step", labelpad=2)
+    return result.svg
+
+
+def block_means(values: np.ndarray, most: int) -> np.ndarray:
+    """The values, or if they are more than `most`, the means of as many neighbours each as it takes."""
+    if len(values) <= most:
+        return values
+    size = math.ceil(len(values) / most)
+    return np.array([values[start : start + size].mean() for start in range(0, len(values), size)])
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean of the `width` (odd) values around each; fewer at the ends."""
+    window = np.ones(width)
+    return np.convolve(values, window, mode="same") / np.convolve(np.ones(len(values)), window, mode="same")
+
+
+def _curve(axes: Axes, series: Series, colour: str) -> None:
+    steps, values = block_means(series.steps, MAX_POINTS), block_means(series.values, MAX_POINTS)
+    if len(steps) < _SMOOTHED_FROM:
+        marker = "o" if len(steps) <= _MARKED_UP_TO else None
+        axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=4)
+        return
+    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.45)
+    axes.plot(steps, running_mean(values, 2 * (len(values) // 24) + 1), color=colour, linewidth=2.0)
+
+
+def _step_axis(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: readable(value, 6)))
+    axes.set_xlabel("step", labelpad=2)
+
+
+def _value_axis(axes: Axes, log: bool, limits: tuple[float | None, float | None]) -> None:
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    if log:
+        axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="y", which="minor", length=0)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(round(math.log10(value)))))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=_STEPS))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: readable(value, 4)))
+        _widen_a_flat_axis(axes)
+    axes.set_ylim(*limits)
+
+
+def _widen_a_flat_axis(axes: Axes) -> None:
+    """A curve that hardly moves is shown as flat instead of its rounding noise at full height."""
+    low, high = axes.get_ylim()
+    middle = (low + high) / 2
+    least = max(abs(middle) * 0.01, 1e-12)
+    if high - low < least:
+        axes.set_ylim(middle - least / 2, middle + least / 2)
+
+
+def _cells(axes: Axes, values: np.ndarray, columns: tuple[float, float]) -> None:
+    """An image with layer 0 on top; strength as opacity, so that the page's background is the neutral colour."""
+    n_layers = len(values)
+    strength = np.nan_to_num(np.clip(np.abs(values), 0, 1))
+    colours = np.where((values >= 0)[..., None], _ABOVE, _BELOW)
+    extent = (*columns, n_layers - 0.5, -0.5)
+    axes.imshow(np.dstack([colours, strength]), aspect="auto", interpolation="none", extent=extent)
+    axes.spines[:].set_visible(True)
+    axes.spines[:].set_color(GRID)
+    axes.tick_params(axis="x", length=0)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS, integer=True))
+    axes.set_ylabel("layer")
+
+
+def _map_height_px(n_layers: int) -> int:
+    return min(max(_MAP_BASE_PX + _MAP_ROW_PX * n_layers, 120), _MAP_LARGEST_PX)

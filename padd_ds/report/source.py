@@ -1,0 +1,90 @@
+"""What a report needs of a run folder."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from padd_ds.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """The finite values of one metric, in the order of steps."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    not_finite: int = 0
+    """How many values were left out because they are NaN or infinite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """A run as it was logged; lists are empty and texts None where the run left none."""
+
+    folder: Path
+    metrics: list[dict[str, Any]]
+    routing: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    config: str | None
+    environment: str | None
+
+    @property
+    def stage(self) -> str:
+        """The stage that the configuration names, else the folder's name."""
+        tree = _parsed_yaml(self.folder / "config.yaml", self.config or "")
+        return str(tree.get("stage", self.folder.name)) if isinstance(tree, dict) else self.folder.name
+
+    def series(self, metric: str) -> Series | None:
+        """The metric over the steps that have it; None if no step has."""
+        logged = [(line["step"], line[metric]) for line in self.metrics if line.get(metric) is not None]
+        finite = [(step, value) for step, value in logged if math.isfinite(value)]
+        if not logged:
+            return None
+        steps, values = np.array(finite, dtype=float).reshape(-1, 2).T
+        return Series(steps=steps, values=values, not_finite=len(logged) - len(finite))
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run folder; UserError if it has no metrics.jsonl or a line of it cannot be read."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        raise UserError(f"{metrics}: no such file; give the folder that a training run left")
+    return RunData(
+        folder=folder,
+        metrics=_json_lines(metrics),
+        routing=_json_lines(folder / "routing" / "routing.jsonl"),
+        samples=_json_lines(folder / "samples.jsonl"),
+        config=_text(folder / "config.yaml"),
+        environment=_text(folder / "environment.json"),
+    )
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate((_text(path) or "").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); remove the line or resume the run") from error
+        if not isinstance(record, dict) or "step" not in record:
+            raise UserError(f'{path}, line {number}: not an object with a "step"; remove the line')
+        records.append(record)
+    return records
+
+
+def _parsed_yaml(path: Path, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())}); repair or remove it") from error

@@ -1,0 +1,97 @@
+"""Configuration: precedence, and one clear line for each mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from padd_ds.config.describe import describe_options
+from padd_ds.config.load import load_run_config
+from padd_ds.errors import UserError
+
+MINIMAL = {
+    "stage": "warmup",
+    "run_dir": "runs/x",
+    "deepspeed": "ds_configs/x.json",
+    "steps": 10,
+    "model": {"student": "s", "teacher": "t"},
+    "data": {"source": "d.jsonl"},
+    "optimizer": {"learning_rate": "2e-5"},
+}
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_defaults_then_file_then_overrides(run_yaml: Path) -> None:
+    config = load_run_config(run_yaml, ["steps=20", "warmup.kd_weight=0.25", "data.fields.answer=target"])
+    assert config.steps == 20
+    assert config.optimizer.learning_rate == 2e-5
+    assert config.warmup.kd_weight == 0.25 and config.warmup.init_weight == 0.1
+    assert config.data.fields.answer == "target"
+    assert config.data_part == "B"
+
+
+def test_joint_trains_on_part_c_unless_told_otherwise(run_yaml: Path) -> None:
+    assert load_run_config(run_yaml, ["stage=joint"]).data_part == "C"
+    assert load_run_config(run_yaml, ["stage=joint", "data.part=all"]).data_part == "all"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("warmup.kd_wieght=1", "unknown key warmup.kd_wieght; did you mean kd_weight?"),
+        ("warmpu.kd_weight=1", "unknown key warmpu; did you mean warmup?"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate = -1: input should be greater than 0"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate = 'fast'"),
+        ("stage=other", "stage = 'other': input should be 'warmup' or 'joint'"),
+        ("rollout.group_size=1", "rollout.group_size = 1: input should be greater than or equal to 2"),
+        ("model.teacher=null", "set warmup.kd_weight=0"),
+        ("data.part_fractions={A: 0.5, B: 0.1, C: 0.1, D: 0.1}", "must add up to 1"),
+        ("steps", "not of the form section.key=value"),
+        ("steps.more=1", "steps is a value, not a section"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(run_yaml: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_run_config(run_yaml, [override])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_key_is_named(run_yaml: Path) -> None:
+    run_yaml.write_text(yaml.safe_dump({name: value for name, value in MINIMAL.items() if name != "steps"}))
+    with pytest.raises(UserError, match="steps is missing"):
+        load_run_config(run_yaml, [])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", ""])
+def test_a_file_that_holds_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"run\.yaml"):
+        load_run_config(path, [])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_run_config(tmp_path / "none.yaml", [])
+
+
+def test_every_option_is_described() -> None:
+    lines = describe_options().splitlines()
+    assert len(lines) > 60
+    assert all(line.split("] ", 1)[1].strip() for line in lines), [line for line in lines if line.endswith("] ")]
+    assert any(line.startswith("policy.shift_penalty [number; default 0.1] lambda") for line in lines)
+
+
+def test_every_run_file_of_the_repository_loads(repository: Path) -> None:
+    paths = sorted((repository / "ds_configs" / "runs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        config = load_run_config(path, [])
+        assert (repository / config.deepspeed).is_file(), path

@@ -1,0 +1,138 @@
+"""Files that a conversion reads and writes: calibration data, shards, targets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from padd_ds.conversion.calibration import capture_ffn_inputs, read_texts, token_windows
+from padd_ds.conversion.families import layer_map
+from padd_ds.conversion.targets import (
+    FILE_NAME,
+    LayerTargets,
+    load_targets,
+    save_targets,
+)
+from padd_ds.conversion.writer import ShardWriter
+from padd_ds.errors import UserError
+from tests.conversion.tiny_teachers import byte_tokenizer
+
+
+def write_records(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def test_jsonl_fields_are_joined_in_the_order_given(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "data.jsonl", [{"question": "1+1?", "answer": 2}, {"question": "q", "answer": "a"}])
+    assert list(read_texts(path, "question,answer")) == ["1+1?\n2", "q\na"]
+
+
+def test_absent_field_is_named_with_its_line(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "data.jsonl", [{"text": "a"}, {"question": "b"}])
+    with pytest.raises(UserError, match=r"data.jsonl, line 2: no field text \(there: question\)"):
+        list(read_texts(path, "text"))
+
+
+def test_line_that_is_not_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": \n')
+    with pytest.raises(UserError, match="line 3: not JSON"):
+        list(read_texts(path, "text"))
+
+
+def test_windows_hold_the_first_tokens_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "data.txt"
+    path.write_text("abcdefgh" * 100, encoding="utf-8")
+    tokenizer = byte_tokenizer()
+    windows_WT = token_windows(path, "text", tokenizer, 600)
+    assert windows_WT.shape == (2, 256)
+    assert tokenizer.decode(windows_WT.flatten()) == "abcdefgh" * 64
+
+
+def test_records_are_separated_by_the_end_token(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "data.jsonl", [{"text": "ab"}, {"text": "c"}])
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(token_windows(path, "text", tokenizer, 100)[0]) == "ab</s>c</s>"
+
+
+def test_empty_calibration_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("")
+    with pytest.raises(UserError, match="holds no text"):
+        token_windows(tmp_path / "data.txt", "text", byte_tokenizer(), 100)
+
+
+def test_captured_inputs_give_the_ffn_outputs_of_the_model(llama_teacher: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_teacher).eval()
+    windows_WT = torch.arange(20 * 16).view(20, 16) % 256
+    captured = capture_ffn_inputs(model, windows_WT, torch.float32)
+    outputs: list[torch.Tensor] = []
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        model(windows_WT)
+        expected_SD = outputs[0].flatten(0, 1)
+        assert torch.allclose(model.model.layers[1].mlp(captured[1]), expected_SD, atol=1e-5)
+    assert [len(x_SD) for x_SD in captured] == [320, 320]
+
+
+def test_shards_are_cut_at_the_size_limit_and_indexed(tmp_path: Path) -> None:
+    tensors = {f"t{index}": torch.full((10,), float(index)) for index in range(5)}
+    writer = ShardWriter(tmp_path, shard_bytes=80)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert names == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 200
+    for name, tensor in tensors.items():
+        assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
+
+
+def test_layer_map_follows_the_paper() -> None:
+    assert layer_map(4, 4) == [0, 1, 2, 3]
+    assert layer_map(4, 6) == [0, 1, 3, 4]
+    assert layer_map(6, 4) == [0, 0, 1, 2, 2, 3]
+
+
+def example_layer(prior: bool) -> LayerTargets:
+    return LayerTargets(
+        assignment_F=torch.tensor([0, 1, 2, 1, 0, 2]),
+        centroids_EC=torch.randn(2, 4, generator=torch.Generator().manual_seed(0)),
+        activation_mean_E=torch.tensor([0.5, 1.5]) if prior else None,
+        expert_prior_E=torch.tensor([0.25, 0.75]) if prior else None,
+    )
+
+
+@pytest.mark.parametrize("prior", [True, False])
+def test_targets_come_back_as_they_were_saved(tmp_path: Path, prior: bool) -> None:
+    layers = [example_layer(prior), example_layer(prior)]
+    save_targets(tmp_path, layers, [0, 1], prior_temperature=0.3, cluster="weights", router="random")
+    targets = load_targets(tmp_path)
+    assert targets.assignment_LF.tolist() == [[0, 1, 2, 1, 0, 2]] * 2
+    assert targets.assignment_LF.dtype == torch.int32
+    assert torch.equal(targets.centroids[1], layers[1].centroids_EC)
+    assert (targets.prior_temperature, targets.cluster, targets.router) == (0.3, "weights", "random")
+    assert targets.layer_map_L.tolist() == [0, 1]
+    if prior:
+        assert targets.expert_prior_LE is not None
+        assert targets.expert_prior_LE.tolist() == [[0.25, 0.75]] * 2
+    else:
+        assert targets.expert_prior_LE is None
+
+
+def test_absent_targets_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"padd_targets.safetensors: no such file"):
+        load_targets(tmp_path)
+
+
+def test_truncated_targets_are_named(tmp_path: Path) -> None:
+    save_targets(tmp_path, [example_layer(True)], [0], prior_temperature=0.3, cluster="weights", router="random")
+    whole = (tmp_path / FILE_NAME).read_bytes()
+    (tmp_path / FILE_NAME).write_bytes(whole[:-10])
+    with pytest.raises(UserError, match="damaged"):
+        load_targets(tmp_path)
