@@ -16,7 +16,7 @@ RESULTS ?= results
 EVAL_ARGS ?=
 
 LINTED := padd_ds tests tools
-RUFF_RULES := --line-length 120 --select E,F,I,B,UP,SIM,C4,RUF --ignore SIM905
+RUFF_RULES := --line-length 120 --select E,F,I,B,UP,SIM,C4,RUF --ignore SIM905,RUF005
 
 .PHONY: help setup check-system demo demo-tiny test lint test-fast eval-gsm8k eval-math500 clean
 

@@ -18,9 +18,7 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="padd-eval", description=__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub id")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="result file to write (JSON)"
-    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="result file to write (JSON)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing result file")
     _add_problem_options(parser)
     _add_prompt_options(parser)
@@ -60,14 +58,10 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(TEMPLATES)}, or text with {{question}} (default: chat-boxed or boxed)",
     )
     prompts.add_argument("--chat", action="store_true", help="put --template in the model's chat template")
-    prompts.add_argument(
-        "--answer-format", choices=ANSWER_FORMATS, default="auto", help="default: %(default)s"
-    )
+    prompts.add_argument("--answer-format", choices=ANSWER_FORMATS, default="auto", help="default: %(default)s")
     prompts.add_argument("--pattern", metavar="REGEX", help="one group, whose last match is the answer")
     prompts.add_argument("--max-new-tokens", type=int, default=512, help="per response (default %(default)s)")
-    prompts.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer"
-    )
+    prompts.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer")
 
 
 def main(argv: list[str] | None = None) -> None:

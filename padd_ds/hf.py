@@ -66,5 +66,12 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a response: the checkpoint's own and the tokenizer's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -5,14 +5,15 @@ Runs under deepspeed, torchrun, srun and mpirun, or alone on one rank.
 
 import argparse
 import logging
-import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 from padd_ds.config.describe import describe_options
 from padd_ds.config.load import load_run_config
 from padd_ds.errors import EXIT_CODE_USER_ERROR, UserError
+from padd_ds.launcher import launched_rank
 
 EPILOG = """examples:
   deepspeed --num_accelerators 2 padd_ds/train.py --config ds_configs/runs/warmup.yaml run_dir=runs/a
@@ -60,15 +61,21 @@ def run(arguments: argparse.Namespace) -> None:
         together(lambda: check_run_folder(folder, arguments.resume), ranks)
         inputs = together(lambda: read_inputs(config, ranks.world), ranks)
         checkpoints = together(lambda: find_checkpoints(folder) if arguments.resume else [], ranks)
-        if ranks.is_main:
-            start_run_folder(folder, config, ranks.world)
-            write_data_report(inputs.data, folder, lambda text: print(text, file=sys.stderr, flush=True))
+        resumed = checkpoints[-1] if checkpoints else None
+        together(lambda: start_run_folder(folder, config, ranks.world, resumed) if ranks.is_main else None, ranks)
+        together(lambda: write_data_report(inputs.data, folder, say) if ranks.is_main else None, ranks)
         with open_stage(inputs, ranks) as stage:
-            if ranks.is_main:
-                keep_student_files(folder, stage.student.model, inputs.tokenizer, Path(config.model.student))
-            train(stage, config, ranks, checkpoints[-1] if checkpoints else None)
+            model, source = stage.student.model, Path(config.model.student)
+            keep = partial(keep_student_files, folder, model, inputs.tokenizer, source)
+            together(lambda: keep() if ranks.is_main else None, ranks)
+            train(stage, config, ranks, resumed)
     finally:
         stop_ranks()
+
+
+def say(text: str) -> None:
+    """A line for the user, apart from results."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:
@@ -91,11 +98,10 @@ def main(arguments: list[str] | None = None) -> None:
     if parsed.options:
         print(describe_options())
         return
-    rank = int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("SLURM_PROCID", "0"))))
     try:
         run(parsed)
     except UserError as error:
-        if rank == 0:
+        if launched_rank() in (None, 0):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_CODE_USER_ERROR)
 

@@ -7,7 +7,7 @@ import pytest
 
 # From bottom to top: a package may import those of its own line and of the lines before it.
 LAYERS = [
-    {"errors", "files", "seeds"},
+    {"errors", "files", "launcher", "seeds"},
     {"config"},
     {"losses", "moe"},
     {"data", "hf"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"run", "evaluation", "report"},
     {"train", "convert", "evaluate", "export"},
 ]
-LIGHT = {"errors", "files", "config"}
+LIGHT = {"errors", "files", "launcher", "config"}
 HEAVY_MODULES = {"torch", "transformers", "deepspeed", "datasets"}
 
 

@@ -163,9 +163,7 @@ def evaluate(demo: Demo, runner: Runner) -> None:
 
 def finish(demo: Demo, output: Path, seconds: float) -> None:
     """Print the table, write report.html."""
-    from padd_ds.report.html import write_report
-
-    from padd_ds.report.tables import format_table
+    from padd_ds.report import format_table, write_report
 
     conversion = json.loads((output / "students" / "converted" / "padd_conversion.json").read_text(encoding="utf-8"))
     rows = [_row(name, output, conversion) for name in STAGES]
@@ -177,7 +175,7 @@ def finish(demo: Demo, output: Path, seconds: float) -> None:
 
 
 def _row(name: str, output: Path, conversion: dict[str, Any]) -> Any:
-    from padd_ds.report.tables import TableRow
+    from padd_ds.report import TableRow
 
     headline = json.loads((output / "results" / f"{name}.json").read_text(encoding="utf-8"))["headline"]
     costs = conversion["costs"]["teacher" if name == "teacher" else "student"]

@@ -7,6 +7,7 @@ Several tasks take turns. The option `subject` names a task's problems (default:
 
 import argparse
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,7 @@ _DRAWS_WITHOUT_NEWS = 5000
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="+", metavar="TASK", help="name, or name:option=value,option=value")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--count", type=int, default=500, help="distinct questions (default %(default)s)")
@@ -58,18 +57,16 @@ def entries(task: str, seed: int) -> Iterator[dict[str, Any]]:
     import reasoning_gym
 
     name, _, text = task.partition(":")
+    # Tasks draw their operands alike: with one seed, `3 + 4` and `3 * 4` would always come together.
+    first = random.Random(f"{seed} {task}").randrange(2**31)
     options = dict(_option(task, item) for item in text.split(",") if item)
     subject = str(options.pop("subject", name))
     start = 0
     while True:
         try:
-            block = reasoning_gym.create_dataset(
-                name, seed=seed * 10**6 + start, size=_DRAWS_AT_ONCE, **options
-            )
+            block = reasoning_gym.create_dataset(name, seed=first + start, size=_DRAWS_AT_ONCE, **options)
         except (ValueError, TypeError, AssertionError) as error:
-            raise UserError(
-                f"task {task!r}: {error}; see reasoning-gym's list of tasks and options"
-            ) from error
+            raise UserError(f"task {task!r}: {error}; see reasoning-gym's list of tasks and options") from error
         yield from ({**entry, "subject": subject} for entry in block)
         start += _DRAWS_AT_ONCE
 

@@ -146,9 +146,7 @@ def problem_stream(split: str, seed: int, bare_share: float = 0.35) -> Iterator[
         )
 
 
-def distinct_problems(
-    split: str, count_per_subject: int, seed: int, bare_share: float = 0.35
-) -> list[Problem]:
+def distinct_problems(split: str, count_per_subject: int, seed: int, bare_share: float = 0.35) -> list[Problem]:
     """`count_per_subject` problems of every subject, no question twice, subjects mixed.
 
     UserError when that is more than the smallest subject holds.

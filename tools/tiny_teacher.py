@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import re
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,8 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_model import make_tiny_model, make_tokenizer, save_teacher
-from tiny_problems import (
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from padd_ds.errors import UserError, run_cli
+from padd_ds.files import check_output_free, staged_directory, write_text_whole
+
+# Lets the tool run by its path, where only its own folder is importable.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
+from tools.tiny_problems import (
     ANSWER_PATTERN,
     Problem,
     distinct_problems,
@@ -24,11 +34,6 @@ from tiny_problems import (
     take,
     write_problems,
 )
-from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
-
-from padd_ds.errors import UserError, run_cli
-from padd_ds.files import check_output_free, staged_directory, write_text_whole
 
 LONGEST_RESPONSE = 48
 IGNORED = -100
@@ -54,9 +59,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
             raise UserError("set exactly one of steps and minutes")
-        if (1 if self.steps is None else self.steps) < 1 or (
-            1 if self.seconds is None else self.seconds
-        ) <= 0:
+        if (1 if self.steps is None else self.steps) < 1 or (1 if self.seconds is None else self.seconds) <= 0:
             raise UserError(f"steps={self.steps}, seconds={self.seconds}: must be positive")
 
 
@@ -94,9 +97,7 @@ def train(
     model: Qwen3ForCausalLM, options: TrainingOptions, report: Callable[[str], None] | None = None
 ) -> dict[str, float]:
     """Fit the model in place; returns steps, tokens, seconds and the mean loss of the last 50 steps."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.98), weight_decay=options.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=options.weight_decay, fused=True)
     start, step, tokens, losses, progress = time.monotonic(), 0, 0, [], 0.0
     model.train()
     for tokens_BT, labels_BT in bucketed_batches(make_tokenizer(), options):
@@ -138,9 +139,7 @@ def evaluate(
             responses = _respond(model, tokenizer, [problem.question for problem in batch], samples)
             for index, problem in enumerate(batch):
                 group = responses[index * samples : (index + 1) * samples]
-                shares[problem.subject].append(
-                    _mean([float(is_right(text, problem.answer)) for text in group])
-                )
+                shares[problem.subject].append(_mean([float(is_right(text, problem.answer)) for text in group]))
     return dict(shares)
 
 
@@ -191,10 +190,7 @@ def _encode(tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> list
     questions = tokenizer([problem.question for problem in problems])["input_ids"]
     solutions = tokenizer([problem.solution for problem in problems])["input_ids"]
     end = [tokenizer.eos_token_id]
-    return [
-        (question + solution + end, len(question))
-        for question, solution in zip(questions, solutions, strict=True)
-    ]
+    return [(question + solution + end, len(question)) for question, solution in zip(questions, solutions, strict=True)]
 
 
 def _pad(encoded: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,9 +264,7 @@ def main() -> None:
         write_text_whole(teacher / "tiny_teacher.json", json.dumps(result, indent=2) + "\n")
         write_problems(data / "train.jsonl", training)
         write_problems(data / "test.jsonl", test)
-    print(
-        f"teacher: {args.output}; {len(training)} training and {len(test)} test problems: {args.data_output}"
-    )
+    print(f"teacher: {args.output}; {len(training)} training and {len(test)} test problems: {args.data_output}")
 
 
 if __name__ == "__main__":

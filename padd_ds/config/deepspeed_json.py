@@ -73,6 +73,9 @@ def check_parallelism(path: Path, tree: Mapping[str, Any], world_size: int, n_ex
     if stage not in SUPPORTED_ZERO_STAGES:
         allowed = ", ".join(map(str, SUPPORTED_ZERO_STAGES))
         raise UserError(f"{path}: zero_optimization.stage {stage} is not supported yet; use one of {allowed}")
+    offload = [key for key in tree.get("zero_optimization", {}) if key.startswith("offload_")]
+    if offload:
+        raise UserError(f"{path}: zero_optimization.{offload[0]} is not supported yet; take it out")
     expert_parallel = tree.get("expert_parallel", {})
     if not expert_parallel.get("enabled", False):
         raise UserError(f'{path}: expert_parallel is missing; add {{"enabled": true, "autoep_size": 1}} or more')

@@ -45,8 +45,8 @@ class FieldsConfig:
 class DataConfig:
     source: str
     """JSONL, JSON or parquet file, a folder of them, or a hub dataset name."""
-    split: str = "train"
-    """Split of a hub dataset."""
+    split: str | None = None
+    """Split of a hub dataset (there usually `train`), or how the file names of a folder begin."""
     fields: FieldsConfig = Field(default_factory=FieldsConfig)
     """Which columns hold what."""
     gold_format: Literal["plain", "gsm8k", "boxed"] = "plain"
@@ -66,9 +66,9 @@ class DataConfig:
     target: str = "{solution}"
     """Supervised target of the warm-up; {solution} and {answer} are filled in."""
     max_prompt_tokens: Count = 512
-    """Longer prompts are dropped, counted and named in the log."""
+    """Questions whose prompt is longer are dropped and counted."""
     max_target_tokens: Count = 512
-    """Longer supervised targets are cut there, and counted."""
+    """Prompt and target together are cut at max_prompt_tokens + max_target_tokens, and counted."""
 
     @model_validator(mode="after")
     def _fractions_add_up(self) -> "DataConfig":

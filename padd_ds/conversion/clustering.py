@@ -9,6 +9,7 @@ import torch
 
 MAX_ITERATIONS = 50
 MAX_SWEEPS = 20
+SWEEPS_PER_ITERATION = 2  # the centres move before more would pay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ def balanced_kmeans(
     costs = []
     for _ in range(max_iterations):
         centroids_EC = cluster_means(points_PC, assignment_P, n_clusters)
-        moved_P = balanced_assignment(distances(points_PC, centroids_EC), assignment_P)
+        moved_P = balanced_assignment(distances(points_PC, centroids_EC), assignment_P, SWEEPS_PER_ITERATION)
         costs.append(within_cluster_cost(points_PC, centroids_EC, moved_P))
         if torch.equal(moved_P, assignment_P):
             break
@@ -45,16 +46,16 @@ def balanced_kmeans(
     return Clustering(assignment_P=assignment_P, centroids_EC=centroids_EC, costs=costs)
 
 
-def balanced_assignment(cost_PE: torch.Tensor, start_P: torch.Tensor) -> torch.Tensor:
+def balanced_assignment(cost_PE: torch.Tensor, start_P: torch.Tensor, max_sweeps: int = MAX_SWEEPS) -> torch.Tensor:
     """Improve the balanced assignment `start_P` until no two clusters can trade points for less cost.
 
     Every pair of clusters is split anew in the best way (the half of their points that is relatively
     nearest goes to the first), E / 2 disjoint pairs at a time as in a round-robin tournament.
-    Cluster sizes never change and the cost never rises.
+    Cluster sizes never change and the cost never rises. Stops after `max_sweeps` rounds of all pairs.
     """
     n_points, n_clusters = cost_PE.shape
     members_EG = torch.argsort(start_P, stable=True).view(n_clusters, n_points // n_clusters)
-    for _ in range(MAX_SWEEPS if n_clusters > 1 else 0):
+    for _ in range(max_sweeps if n_clusters > 1 else 0):
         changed = False
         for first, second in tournament(n_clusters, cost_PE.device):
             changed |= _split_pairs(cost_PE, members_EG, first, second)

@@ -36,8 +36,8 @@ tags:
 A mixture-of-experts student cut out of the dense model `{base}` by `padd-convert`. It is **not trained yet**:
 with all experts active it equals its teacher, with {top_k} of {routed} routed experts it is weaker.
 
-Every FFN of {width} neurons is cut into {experts} slices of {slice_width}: {shared} always on, {routed} routed, of which
-{top_k} per token ({active:.0%} of the FFN active). Groups: `{cluster}`; router: `{router}`; seed {seed}.
+Every FFN of {width} neurons is cut into {experts} slices of {slice_width}: {shared} always on, {routed} routed,
+{top_k} of them per token ({active:.0%} of the FFN active). Groups: `{cluster}`; router: `{router}`; seed {seed}.
 
 `padd_conversion.json` holds the figures of the conversion, `padd_targets.safetensors` what the training needs.
 The licence is the teacher's.
@@ -56,7 +56,9 @@ def copy_tokenizer(teacher: Path, student: Path, trust_remote_code: bool) -> Non
     copied = load_tokenizer(str(student), trust_remote_code=trust_remote_code)
     same = copied(PROBE_TEXT)["input_ids"] == original(PROBE_TEXT)["input_ids"] and len(copied) == len(original)
     if not same or copied.chat_template != original.chat_template:
-        raise UserError(f"{teacher}: its tokenizer does not load the same from its files; save it anew with transformers")
+        raise UserError(
+            f"{teacher}: its tokenizer does not load the same from its files; save it anew with transformers"
+        )
 
 
 def _name_tokenizer_class(folder: Path, class_name: str) -> None:

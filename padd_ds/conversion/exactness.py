@@ -20,30 +20,31 @@ ROUNDING_FACTOR = 1.25
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """States of the teacher: name and tensor after every layer, then the logits; all computed in fp32.
+    """What the teacher computes on the probe tokens, as fp32 CPU tensors.
 
-    exact: with the stored weights. rounded: with the weights rounded to the student's dtype.
-    own: computed in the student's dtype. The last two are None for fp32.
+    states: computed in fp32 with the weights rounded to the student's dtype, see `run_states`.
+    exact_logits: with the stored weights in fp32. own_logits: computed in the student's dtype, None for fp32.
     """
 
     tokens_BT: torch.Tensor
-    exact: dict[str, torch.Tensor]
-    rounded: dict[str, torch.Tensor] | None
-    own: dict[str, torch.Tensor] | None
+    states: dict[str, torch.Tensor]
+    exact_logits: torch.Tensor
+    own_logits: torch.Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exactness:
-    """Largest relative errors over all states, and of the logits.
+    """Relative errors of a student with all experts active, computed in fp32.
 
-    In a dtype below fp32 also the relative RMS errors of the logits against the fp32 teacher, of the
-    student and of the teacher itself in that dtype.
+    largest_error: of any layer given the teacher's input, worst token. logits_error: of the logits from
+    end to end. The other two exist below fp32: relative errors of the logits against the teacher in
+    fp32, of the student and of the teacher itself when computed in the student's dtype.
     """
 
     largest_error: float
     logits_error: float
-    student_rounding_rms: float | None = None
-    teacher_rounding_rms: float | None = None
+    student_rounding_error: float | None = None
+    teacher_rounding_error: float | None = None
 
 
 def probe_tokens(vocab_size: int) -> torch.Tensor:
@@ -53,54 +54,93 @@ def probe_tokens(vocab_size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def named_states(model: Any, tokens_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-    """fp32 CPU copies of the hidden state after every layer (the last after the final norm) and the logits."""
-    output = model(tokens_BT.to(model.device), output_hidden_states=True, use_cache=False)
-    states = {f"layer {index}": state for index, state in enumerate(output.hidden_states[1:])}
-    states["logits"] = output.logits
-    return {name: state.float().cpu() for name, state in states.items()}
+def run_logits(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """[B, T, V] logits on the CPU in fp32."""
+    return model(tokens_BT.to(model.device), use_cache=False).logits.float().cpu()
+
+
+@torch.no_grad()
+def run_states(
+    model: Any, tokens_BT: torch.Tensor, forced: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """[B, T, D] fp32 CPU states by name, in order: embedding, the output of each layer, final norm.
+
+    With `forced` (the states of another model) each layer is given that model's input, so that its
+    rounding is not amplified by the layers before it.
+    """
+    states: dict[str, torch.Tensor] = {}
+    layers = model.model.layers
+    inputs = ["embedding", *(f"layer {index}" for index in range(len(layers) - 1))]
+
+    def before(name: str) -> Any:
+        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> Any:
+            states.setdefault(name, args[0].float().cpu())
+            return None if forced is None else (forced[name].to(args[0]), *args[1:])
+
+        return hook
+
+    def after(name: str) -> Any:
+        return lambda module, args, output: states.update({name: output.float().cpu()})
+
+    handles = [layer.register_forward_pre_hook(before(name)) for name, layer in zip(inputs, layers, strict=True)]
+    handles += [layer.register_forward_hook(after(f"layer {index}")) for index, layer in enumerate(layers)]
+    handles.append(model.model.norm.register_forward_hook(after("final norm")))
+    try:
+        model(tokens_BT.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states
 
 
 def teacher_reference(model: Any, dtype: torch.dtype) -> Reference:
     """Run an fp32 teacher on the probe tokens. Leaves the model's weights rounded to `dtype`."""
     tokens_BT = probe_tokens(model.config.vocab_size)
-    exact = named_states(model, tokens_BT)
-    if dtype == torch.float32:
-        return Reference(tokens_BT=tokens_BT, exact=exact, rounded=None, own=None)
-    cast_parameters(model, dtype)
-    own = named_states(model, tokens_BT)
-    cast_parameters(model, torch.float32)
-    return Reference(tokens_BT=tokens_BT, exact=exact, rounded=named_states(model, tokens_BT), own=own)
+    exact_logits = run_logits(model, tokens_BT)
+    own_logits = None
+    if dtype != torch.float32:
+        cast_parameters(model, dtype)
+        own_logits = run_logits(model, tokens_BT)
+        cast_parameters(model, torch.float32)
+    states = run_states(model, tokens_BT)
+    states["logits"] = run_logits(model, tokens_BT)
+    return Reference(tokens_BT=tokens_BT, states=states, exact_logits=exact_logits, own_logits=own_logits)
 
 
 def check_student(folder: Path, reference: Reference, dtype: torch.dtype, device: str) -> Exactness:
     """Load the student with plain transformers and compare it with all its experts active.
 
-    Computed in fp32, its states must equal those of the teacher with equally rounded weights to
-    TOLERANCE. Computed in a lower `dtype`, the RMS error of its logits against the fp32 teacher must
-    not exceed the teacher's own in that dtype by more than ROUNDING_FACTOR. UserError naming the
-    first layer that differs.
+    Computed in fp32, every layer (given the teacher's input) and the logits (from end to end) must equal
+    the teacher's to TOLERANCE. Computed in a lower `dtype`, the logits may be off the fp32 teacher's by
+    ROUNDING_FACTOR times what the teacher's own are in that dtype. UserError naming the first layer
+    that differs.
     """
     model = load_fully_active(folder, dtype).to(device)
-    student_rms = teacher_rms = None
-    if reference.own is not None:
-        student_states = named_states(model, reference.tokens_BT)
-        student_rms = relative_rms(reference.exact["logits"], student_states["logits"])
-        teacher_rms = relative_rms(reference.exact["logits"], reference.own["logits"])
+    student_rounding = teacher_rounding = None
+    if reference.own_logits is not None:
+        student_rounding = relative_error(reference.exact_logits, run_logits(model, reference.tokens_BT))
+        teacher_rounding = relative_error(reference.exact_logits, reference.own_logits)
     cast_parameters(model, torch.float32)
-    states = named_states(model, reference.tokens_BT)
-    errors = compare(reference.rounded or reference.exact, states)
-    if student_rms is not None and teacher_rms is not None and not student_rms <= ROUNDING_FACTOR * teacher_rms:
-        raise UserError(
-            f"{folder}: the student's {dtype} logits are off by {student_rms:.2e} (RMS), the teacher's own by "
-            f"{teacher_rms:.2e}; convert with --dtype float32"
-        )
+    states = run_states(model, reference.tokens_BT, forced=reference.states)
+    states["logits"] = run_logits(model, reference.tokens_BT)
+    errors = compare(reference.states, states)
+    logits_error = errors.pop("logits")
+    if student_rounding is not None and teacher_rounding is not None:
+        _check_rounding(student_rounding, teacher_rounding, dtype)
     return Exactness(
         largest_error=max(errors.values()),
-        logits_error=errors["logits"],
-        student_rounding_rms=student_rms,
-        teacher_rounding_rms=teacher_rms,
+        logits_error=logits_error,
+        student_rounding_error=student_rounding,
+        teacher_rounding_error=teacher_rounding,
     )
+
+
+def _check_rounding(student: float, teacher: float, dtype: torch.dtype) -> None:
+    if not student <= ROUNDING_FACTOR * teacher:  # written so that NaN fails
+        raise UserError(
+            f"exactness check failed: in {dtype} the student's logits are off by {student:.2e}, the teacher's own by "
+            f"{teacher:.2e}; nothing was written (convert with --dtype float32)"
+        )
 
 
 def load_fully_active(folder: Path, dtype: torch.dtype) -> Any:
@@ -115,10 +155,11 @@ def load_fully_active(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def compare(reference: dict[str, torch.Tensor], states: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Relative error max |a - b| / max |a| of every state; UserError naming the first above TOLERANCE."""
+    """Relative error of every state, for states of layers that of the worst token; UserError above TOLERANCE."""
     errors = {}
     for name, expected in reference.items():
-        error = float((expected - states[name]).abs().max() / expected.abs().max())
+        measure = relative_error if name == "logits" else worst_token_error
+        error = measure(expected, states[name])
         if not error <= TOLERANCE:  # written so that NaN fails
             raise UserError(
                 f"exactness check failed: with all experts active the student first differs from its teacher at {name} "
@@ -128,9 +169,14 @@ def compare(reference: dict[str, torch.Tensor], states: dict[str, torch.Tensor])
     return errors
 
 
-def relative_rms(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """sqrt(mean (a - b)^2 / mean a^2)."""
-    return float(((expected - actual).square().mean() / expected.square().mean()).sqrt())
+def relative_error(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """||a - b|| / ||a||."""
+    return float((expected - actual).norm() / expected.norm())
+
+
+def worst_token_error(expected_BTD: torch.Tensor, actual_BTD: torch.Tensor) -> float:
+    """max over tokens of ||a - b|| / ||a||."""
+    return float(((expected_BTD - actual_BTD).norm(dim=-1) / expected_BTD.norm(dim=-1)).max())
 
 
 def cast_parameters(model: Any, dtype: torch.dtype) -> None:

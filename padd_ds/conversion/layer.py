@@ -88,7 +88,8 @@ def convert_layer(
 
     contribution_SE = mean_E = load = shared_share = None
     if x_SD is not None and hidden_SF is not None:
-        contribution_SE = expert_contributions(hidden_SF, ffn.down_DF, members_EG)
+        if options.router == "calibrated":
+            contribution_SE = expert_contributions(hidden_SF, ffn.down_DF, members_EG)
         mean_E = cluster_activation_means(hidden_SF, members_EG)
         shared_share = float(importance_F[shared].sum() / importance_F.sum())
     router_ED = make_router(options.router, ffn.gate_FD, members_EG, x_SD, contribution_SE, generator)
@@ -160,6 +161,4 @@ def group(kind: str, features_PC: torch.Tensor, n_clusters: int, generator: torc
     else:
         assignment_P = torch.arange(n_points) // (n_points // n_clusters)
     assignment_P = assignment_P.to(features_PC.device)
-    return Clustering(
-        assignment_P=assignment_P, centroids_EC=cluster_means(features_PC, assignment_P, n_clusters)
-    )
+    return Clustering(assignment_P=assignment_P, centroids_EC=cluster_means(features_PC, assignment_P, n_clusters))

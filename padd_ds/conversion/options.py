@@ -114,8 +114,9 @@ class Slicing:
         """
         if self.slice_width * element_bytes % ROW_BYTES:
             raise UserError(
-                f"--experts {self.experts} makes slices of {self.slice_width} neurons, {self.slice_width * element_bytes} "
-                f"bytes a row, which is no multiple of {ROW_BYTES} bytes; {self._counts_that_work()}"
+                f"--experts {self.experts} makes slices of {self.slice_width} neurons, "
+                f"{self.slice_width * element_bytes} bytes a row, "
+                f"no multiple of {ROW_BYTES} bytes; {self._counts_that_work()}"
             )
 
     def _counts_that_work(self) -> str:

@@ -51,7 +51,13 @@ class ConversionTargets:
 
 
 def save_targets(
-    folder: Path, layers: list[LayerTargets], layer_map: list[int], *, prior_temperature: float, cluster: str, router: str
+    folder: Path,
+    layers: list[LayerTargets],
+    layer_map: list[int],
+    *,
+    prior_temperature: float,
+    cluster: str,
+    router: str,
 ) -> None:
     """Write the targets of all layers to `folder`."""
     tensors = {"layer_map": torch.tensor(layer_map, dtype=torch.int32)}

@@ -89,9 +89,7 @@ def text_windows(text: str, tokenizer: Any, length: int, count: int | None = Non
     ids = _ids(text, tokenizer)
     available = len(ids) // length
     if available < 1:
-        raise UserError(
-            f"the text has {len(ids)} tokens, less than one window of {length}; give a longer one"
-        )
+        raise UserError(f"the text has {len(ids)} tokens, less than one window of {length}; give a longer one")
     windows = available if count is None else min(count, available)
     return torch.tensor(ids[: windows * length]).view(windows, length)
 

@@ -66,9 +66,7 @@ def _check_field(rows: Sequence[Mapping[str, Any]], name: str | None, source: st
     for number, row in enumerate(rows, start=1):
         if name is not None and row.get(name) is None:
             there = ", ".join(row) or "none"
-            raise UserError(
-                f"{source}: row {number} has no {name!r} (fields: {there}); set {key} to one of them"
-            )
+            raise UserError(f"{source}: row {number} has no {name!r} (fields: {there}); set {key} to one of them")
 
 
 def _map_row(row: Mapping[str, Any], fields: FieldMap) -> Problem:

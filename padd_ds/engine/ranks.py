@@ -11,6 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from padd_ds.errors import UserError
+from padd_ds.launcher import launched_rank
 
 
 class OtherRankFailed(RuntimeError):
@@ -37,7 +38,7 @@ def start_ranks() -> Ranks:
     # compiler is needed, and no build that was killed can leave a lock on which the next run waits.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _adopt_slurm_variables()
-    if not _launched():
+    if launched_rank() is None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29501")
     if not dist.is_initialized():
@@ -83,27 +84,33 @@ def any_rank(flag: bool, ranks: Ranks) -> bool:
 
 
 def together(action: Callable[[], Any], ranks: Ranks) -> Any:
-    """Run `action` on every rank; if it fails on one, every rank raises instead of waiting for it."""
+    """Run `action` on every rank; if it fails on one, every rank raises instead of waiting for it.
+
+    A UserError of any rank is a UserError on all, so that the rank that speaks can tell it.
+    """
     failure: Exception | None = None
     result = None
     try:
         result = action()
     except Exception as error:
         failure = error
-    if any_rank(failure is not None, ranks):
-        raise failure or OtherRankFailed("another rank failed; its message stands in its own log")
+    told: list[Any] = [None] * ranks.world
+    mine = None if failure is None else (isinstance(failure, UserError), str(failure) or repr(failure))
+    torch.distributed.all_gather_object(told, mine)
+    failed = [(rank, *told[rank]) for rank in range(ranks.world) if told[rank] is not None]
+    if failure is not None:
+        raise failure
+    if failed:
+        rank, is_user_error, message = failed[0]
+        raise UserError(message) if is_user_error else OtherRankFailed(f"rank {rank} failed: {message}")
     return result
-
-
-def _launched() -> bool:
-    return "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ or "PMI_RANK" in os.environ
 
 
 def _adopt_slurm_variables() -> None:
     """Under a bare srun, translate Slurm's variables into torch's."""
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or "SLURM_STEP_ID" not in os.environ:
         return
-    if "OMPI_COMM_WORLD_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1:
+    if "OMPI_COMM_WORLD_RANK" in os.environ or "PMI_RANK" in os.environ:
         return
     if "MASTER_ADDR" not in os.environ:
         raise UserError(

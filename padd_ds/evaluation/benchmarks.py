@@ -21,9 +21,7 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "gsm8k": Benchmark(
-        file="gsm8k_test.jsonl", hub="openai/gsm8k:main", fields=FieldMap(gold_format="gsm8k")
-    ),
+    "gsm8k": Benchmark(file="gsm8k_test.jsonl", hub="openai/gsm8k:main", fields=FieldMap(gold_format="gsm8k")),
     "math500": Benchmark(
         file="math500.jsonl",
         hub="HuggingFaceH4/MATH-500",
@@ -35,9 +33,7 @@ BENCHMARKS = {
         file="minerva_math.jsonl",
         fields=FieldMap(question="problem", answer="solution", subject="type", gold_format="boxed"),
     ),
-    "olympiadbench": Benchmark(
-        file="olympiadbench.jsonl", fields=FieldMap(answer="final_answer", subject="subfield")
-    ),
+    "olympiadbench": Benchmark(file="olympiadbench.jsonl", fields=FieldMap(answer="final_answer", subject="subfield")),
 }
 
 
@@ -54,6 +50,4 @@ def load_benchmark(name: str, data_dir: Path | None = None) -> list[Problem]:
         raise UserError(f"benchmark {name} is read from a file; pass --data-dir with {benchmark.file} in it")
     source = benchmark.hub if data_dir is None else str(data_dir.expanduser().absolute() / benchmark.file)
     assert source is not None
-    return map_rows(
-        read_rows(source, benchmark.split), benchmark.fields, source, "--{role}-field, with --data,"
-    )
+    return map_rows(read_rows(source, benchmark.split), benchmark.fields, source, "--{role}-field, with --data,")

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from padd_ds.data.batches import prompt_batch
 from padd_ds.errors import UserError
+from padd_ds.hf import end_token_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,7 @@ class Response:
     """Ended by the end token or a stop text, not by `max_new_tokens`."""
 
 
-def greedy_responses(
-    model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions
-) -> list[Response]:
+def greedy_responses(model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions) -> list[Response]:
     """One response per complete prompt text, in the order of `prompts`; progress on standard error.
 
     Batches take prompts of like length, the longest first, so that memory runs out early or never.
@@ -61,9 +60,7 @@ def greedy_responses(
 
 
 @torch.inference_mode()
-def _generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions
-) -> list[Response]:
+def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions) -> list[Response]:
     batch = prompt_batch(prompts, tokenizer, max_prompt_length=2**31)
     end_ids = end_token_ids(model, tokenizer)
     # A config of its own: a checkpoint's sampling settings are not to leak into greedy decoding.
@@ -103,13 +100,6 @@ def _tokens_until_stop(ids: list[int], tokenizer: Any, stop: Sequence[str]) -> i
         if any(word in text for word in stop):
             return length
     return len(ids)
-
-
-def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The ids that end a response: the checkpoint's own and the tokenizer's."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
 
 
 def _check_lengths(lengths: Sequence[int], model: Any, options: GenerationOptions) -> None:

@@ -24,7 +24,7 @@ class RoutingRecord:
     """
 
     scores_SE: dict[int, torch.Tensor] = field(default_factory=dict)
-    """fp32 router scores without noise or bias, detached."""
+    """fp32 router scores without noise and selection bias, detached; a logit bias is part of them."""
     selected_SK: dict[int, torch.Tensor] = field(default_factory=dict)
     """Chosen experts."""
     inputs_SD: dict[int, torch.Tensor] | None = None

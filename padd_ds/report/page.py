@@ -91,7 +91,8 @@ def _run_section(run: RunData, index: int) -> str:
 
 
 def _run_title(run: RunData) -> str:
-    return {"warmup": "Warm-up", "joint": "Joint training"}.get(run.stage, run.stage)
+    stage = {"warmup": "Warm-up", "joint": "Joint training"}.get(run.stage, run.stage)
+    return f"{stage} ({run.folder.name})"
 
 
 def _facts(run: RunData) -> str:

@@ -10,10 +10,12 @@ from html import escape
 
 import numpy as np
 
-from padd_ds.report.numbers import readable
+from padd_ds.report.numbers import MINUS, NO_BREAK_SPACE, TIMES, readable
 from padd_ds.report.plots import curves, expert_map, layers_over_steps, stacked_bars
 from padd_ds.report.source import RunData, Series
 
+RATIO = f"|ratio{NO_BREAK_SPACE}{MINUS}{NO_BREAK_SPACE}1|"
+EXCESS = f"max share {TIMES} E {MINUS} 1"
 NO_DATA = '<p class="no-data">no data</p>'
 PHASES = {"seconds_rollout": "rollout", "seconds_scoring": "scoring", "seconds_update": "update"}
 MAX_COLUMNS = 300
@@ -29,7 +31,7 @@ class CurvePanel:
     """Metric to the name that it is shown under."""
     caption: str
     log: bool = False
-    limits: tuple[float | None, float | None] = (None, None)
+    from_zero: bool = False
     reference: Callable[[RunData], float | None] = lambda run: None
     """A level to compare with."""
     remark: Callable[[RunData], str] = lambda run: ""
@@ -47,7 +49,7 @@ def penalty_share(run: RunData) -> str:
     if penalty is None or deviation is None or deviation.values.sum() <= 0:
         return ""
     share = 100 * penalty.values.mean() / deviation.values.mean()
-    return f"On average λΓ was {readable(share)} % of |ratio − 1|."
+    return f"On average λΓ was {readable(share)} % of {RATIO}."
 
 
 CURVES = (
@@ -63,7 +65,7 @@ CURVES = (
         metrics={"loss_kd": "loss_kd"},
         caption="Divergence of the student from its teacher. Good: falls towards 0; "
         "with temperatures other than 1 it need not reach it.",
-        limits=(0.0, None),
+        from_zero=True,
     ),
     CurvePanel(
         title="Initialisation loss",
@@ -71,7 +73,7 @@ CURVES = (
         metrics={"loss_init": "loss_init"},
         caption="Divergence of the experts' activity from that of the clusters they came from. "
         "Good: small beside the other losses, and not rising.",
-        limits=(0.0, None),
+        from_zero=True,
     ),
     CurvePanel(
         title="Policy loss",
@@ -84,21 +86,21 @@ CURVES = (
         unit="mean per response",
         metrics={"reward": "reward", "reward_correct": "correct"},
         caption="Good: both rise; reward without more correct answers means that only the form improves.",
-        limits=(0.0, None),
+        from_zero=True,
     ),
     CurvePanel(
         title="Response length",
         unit="tokens",
         metrics={"response_tokens": "mean length"},
         caption="Good: steady, or rising together with the reward.",
-        limits=(0.0, None),
+        from_zero=True,
     ),
     CurvePanel(
         title="Failed responses",
         unit="share of all",
         metrics={"response_truncated": "cut off", "answer_missing": "no answer"},
         caption="Good: both fall towards 0.",
-        limits=(-0.02, 1.02),
+        from_zero=True,
     ),
     CurvePanel(
         title="Router shift and policy ratio",
@@ -106,19 +108,19 @@ CURVES = (
         metrics={
             "router_shift": "shift Γ",
             "shift_penalty": "λΓ",
-            "ratio_deviation": "|ratio − 1|",
+            "ratio_deviation": RATIO,
             "kl_old_nats": "KL(old)",
         },
-        caption="Good: λΓ within about a factor of ten of |ratio − 1|; far below it the penalty does nothing.",
+        caption=f"Good: λΓ within about a factor of ten of {RATIO}; far below it the penalty does nothing.",
         log=True,
         remark=penalty_share,
     ),
     CurvePanel(
         title="Load violation",
-        unit="max share × E − 1",
+        unit=EXCESS,
         metrics={"load_max_violation": "mean over layers"},
         caption="How far the busiest expert is above an even load. Good: falls towards 0, or stays low.",
-        limits=(0.0, None),
+        from_zero=True,
     ),
     CurvePanel(
         title="Router entropy",
@@ -153,7 +155,7 @@ def _curve_figure(run: RunData, panel: CurvePanel, key: str) -> str:
     series = {name: one for name, one in found.items() if one is not None}
     if not series:
         return ""
-    legend = _legend([(name, _from_to(one)) for name, one in series.items()])
+    legend = _legend([(name, _from_to(one, 2 if panel.log else 3)) for name, one in series.items()])
     caption = f"{panel.caption} {panel.remark(run)}"
     if not any((one.values > 0).any() if panel.log else len(one.values) for one in series.values()):
         return _figure(panel.title, panel.unit, legend, NO_DATA, caption)
@@ -162,7 +164,7 @@ def _curve_figure(run: RunData, panel: CurvePanel, key: str) -> str:
         f"{key}/{panel.title}",
         list(series.values()),
         log=panel.log,
-        limits=panel.limits,
+        from_zero=panel.from_zero,
         reference=panel.reference(run),
     )
     return _figure(panel.title, panel.unit, legend, svg, caption)
@@ -187,10 +189,10 @@ def _load_map(record: Mapping, key: str) -> str:
     svg = expert_map("Load", f"{key}/load", share_LE * n_experts - 1, 1.0)
     dead = int((share_LE == 0).sum())
     caption = (
-        f"{_at(record)} Good: pale everywhere, an even load; "
+        f"{_at(record)} Good: faint everywhere, an even load; "
         f"{dead} of {share_LE.size} experts had no token (full blue)."
     )
-    return _figure("Load", "share × E", _scale("0", "1", "≥ 2"), svg, caption)
+    return _figure("Load", f"share {TIMES} E", _scale("0", "1", "≥ 2"), svg, caption)
 
 
 def _bias_map(record: Mapping, key: str, name: str, title: str) -> str:
@@ -222,17 +224,19 @@ def _violation_map(run: RunData, key: str) -> str:
     records = [run.routing[row] for row in rows]
     values_RL = np.array([record["max_violation"] for record in records], dtype=float)
     limit = max(float(np.nanmax(values_RL)), 1e-12)
-    svg = layers_over_steps("Load violation per layer", f"{key}/violation", [r["step"] for r in records], values_RL, limit)
-    caption = "Good: paler to the right; a layer that stays dark is not being balanced."
-    return _figure("Load violation per layer", "max share × E − 1", _scale("0", "", readable(limit)), svg, caption)
+    svg = layers_over_steps(
+        "Load violation per layer", f"{key}/violation", [r["step"] for r in records], values_RL, limit
+    )
+    caption = "Good: fades to the right; a layer that stays strong is not being balanced."
+    return _figure("Load violation per layer", EXCESS, _scale("0", "", readable(limit)), svg, caption)
 
 
-def _from_to(series: Series) -> str:
+def _from_to(series: Series, digits: int) -> str:
     """The mean of the first tenth of the values, and of the last."""
     if not len(series.values):
         return f"{series.not_finite} values, none finite"
     tenth = max(len(series.values) // 10, 1)
-    first, last = readable(series.values[:tenth].mean()), readable(series.values[-tenth:].mean())
+    first, last = (readable(part.mean(), digits) for part in (series.values[:tenth], series.values[-tenth:]))
     text = first if len(series.values) == 1 else f"{first} → {last}"
     return f"{text} ({series.not_finite} not finite)" if series.not_finite else text
 

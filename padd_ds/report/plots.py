@@ -18,6 +18,7 @@ from padd_ds.report.svg import GRID, INK, SERIES, drawing
 MAX_POINTS = 300
 """A longer curve is drawn as means over that many blocks of steps."""
 MAX_BARS = 60
+_BAR_WIDTH = 0.75
 _STEPS = (1, 2, 2.5, 5, 10)
 _SMOOTHED_FROM = 30
 _MARKED_UP_TO = 12
@@ -31,12 +32,13 @@ def curves(
     series: Sequence[Series],
     *,
     log: bool = False,
-    limits: tuple[float | None, float | None] = (None, None),
+    from_zero: bool = False,
     reference: float | None = None,
 ) -> str:
-    """Values over steps: each logged step thin, their running mean thick; on a log axis only those above 0.
+    """Values over steps: each logged step thin, their running mean thick.
 
-    `limits` fixes the ends of the value axis where not None; `reference` is a dashed level.
+    A log axis shows the values above 0, and there must be one. `from_zero` starts the value axis at 0;
+    `reference` is a dashed level.
     """
     with drawing(label, key) as result:
         axes = result.axes
@@ -45,7 +47,7 @@ def curves(
         if reference is not None:
             axes.axhline(reference, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         _step_axis(axes)
-        _value_axis(axes, log, limits)
+        _value_axis(axes, log, from_zero)
     return result.svg
 
 
@@ -54,14 +56,14 @@ def stacked_bars(label: str, key: str, series: Sequence[Series]) -> str:
     with drawing(label, key) as result:
         axes = result.axes
         steps = block_means(series[0].steps, MAX_BARS)
-        width = 0.8 * (np.diff(steps).min() if len(steps) > 1 else 1.0)
+        width = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
         bottom = np.zeros(len(steps))
         for one, colour in zip(series, SERIES, strict=False):
             heights = block_means(one.values, MAX_BARS)
-            axes.bar(steps, heights, width, bottom, color=colour, linewidth=0)
+            axes.bar(steps, heights, width * _BAR_WIDTH, bottom, color=colour, linewidth=0)
             bottom += heights
         _step_axis(axes)
-        _value_axis(axes, False, (0.0, None))
+        _value_axis(axes, log=False, from_zero=True)
     return result.svg
 
 
@@ -119,20 +121,29 @@ def _step_axis(axes: Axes) -> None:
     axes.set_xlabel("step", labelpad=2)
 
 
-def _value_axis(axes: Axes, log: bool, limits: tuple[float | None, float | None]) -> None:
+def _value_axis(axes: Axes, log: bool, from_zero: bool) -> None:
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     if log:
-        axes.set_yscale("log", nonpositive="mask")
-        axes.yaxis.set_major_locator(LogLocator(numticks=6))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params(axis="y", which="minor", length=0)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(round(math.log10(value)))))
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=_STEPS))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: readable(value, 4)))
-        _widen_a_flat_axis(axes)
-    axes.set_ylim(*limits)
+        _log_axis(axes)
+        return
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=_STEPS))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: readable(value, 4)))
+    _widen_a_flat_axis(axes)
+    highest = axes.get_ylim()[1]
+    if from_zero and highest > 0:
+        axes.set_ylim(0, 1.05 * highest)
+
+
+def _log_axis(axes: Axes) -> None:
+    """Whole decades, so that at least two powers of ten are labelled."""
+    axes.set_yscale("log", nonpositive="mask")
+    low, high = math.floor(math.log10(axes.dataLim.minposy)), math.ceil(math.log10(axes.dataLim.ymax))
+    axes.set_ylim(10.0**low, 10.0 ** max(high, low + 1))
+    axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="y", which="minor", length=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(round(math.log10(value)))))
 
 
 def _widen_a_flat_axis(axes: Axes) -> None:

@@ -35,9 +35,9 @@ class RunData:
 
     @property
     def stage(self) -> str:
-        """The stage that the configuration names, else the folder's name."""
+        """The stage that the configuration names, else just "Run"."""
         tree = _parsed_yaml(self.folder / "config.yaml", self.config or "")
-        return str(tree.get("stage", self.folder.name)) if isinstance(tree, dict) else self.folder.name
+        return str(tree.get("stage", "Run")) if isinstance(tree, dict) else "Run"
 
     def series(self, metric: str) -> Series | None:
         """The metric over the steps that have it; None if no step has."""

@@ -18,7 +18,7 @@ body {
   font: 16px/1.5 Charter, "Bitstream Charter", Cambria, Georgia, serif; overflow-wrap: break-word;
 }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; font-weight: 600; }
-h2 { font-size: 1.3rem; margin: 3rem 0 0; padding-top: 1rem; border-top: 1px solid var(--grid); font-weight: 600; }
+h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--grid); font-weight: 600; }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; font-weight: 600; }
 p { margin: .4rem 0; max-width: 72ch; }
 a { color: var(--series-1); text-decoration-thickness: 1px; text-underline-offset: 2px; }
@@ -29,7 +29,8 @@ nav { margin: 1rem 0 0; font-size: .95rem; }
 nav a { margin-right: 1.2em; }
 table, h4, .legend, .scale, .sample header, svg { font-family: system-ui, sans-serif; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; width: 100%;
+table { border-collapse: separate; border-spacing: 0; font-size: .875rem;
+  font-variant-numeric: tabular-nums; width: 100%;
   border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink); }
 th, td { padding: .38rem .7rem; text-align: right; white-space: nowrap; font-weight: 400; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--page); padding-left: 0; }
@@ -39,15 +40,17 @@ td:last-child, th:last-child { padding-right: 0; }
 .range { width: 9rem; min-width: 7rem; }
 .range svg { display: block; width: 100%; height: 1rem; overflow: visible; }
 .range .axis { stroke: var(--grid); }
-.range .interval { stroke: var(--series-1); stroke-width: 2.5; }
-.range circle { fill: var(--series-1); }
+.range .interval { stroke: var(--series-1); stroke-width: 7; stroke-opacity: .35; }
+.range .share { stroke: var(--series-1); stroke-width: 2; }
 .notes { font-size: .9rem; color: var(--soft); padding-left: 1.2em; max-width: 80ch; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); gap: 0 1.75rem; }
-figure { margin: 0; min-width: 0; display: grid; grid-row: span 4; grid-template-rows: subgrid; gap: 0; align-content: start; }
+.panels { display: grid; gap: 0 1.75rem; margin-bottom: -1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); }
+figure { margin: 0; min-width: 0; display: grid; grid-row: span 4; grid-template-rows: subgrid; gap: 0;
+  align-content: start; }
 h4 { margin: 0; font-size: .875rem; font-weight: 600; }
 h4 small { font-weight: 400; font-size: .8rem; margin-left: .35em; }
-.legend { list-style: none; margin: .2rem 0 .3rem; padding: 0; font-size: .78rem; display: flex; flex-wrap: wrap;
-  gap: .05rem 1rem; font-variant-numeric: tabular-nums; }
+.legend { list-style: none; margin: .2rem 0 .3rem; padding: 0; font-size: .76rem; display: flex; flex-wrap: wrap;
+  gap: .05rem .8rem; font-variant-numeric: tabular-nums; }
 .legend i { display: inline-block; width: 1.1em; height: 3px; margin-right: .4em; vertical-align: .25em;
   background: var(--key); border-radius: 1px; }
 .legend b { font-weight: 400; color: var(--soft); }
@@ -62,7 +65,9 @@ figcaption { font-size: .84rem; line-height: 1.4; margin: .35rem 0 2rem; }
 .scale .rising { background: linear-gradient(90deg, #d9711c00, #d9711c); }
 .no-data { color: var(--soft); font-style: italic; border: 1px dashed var(--grid); padding: 1.2rem; margin: .3rem 0;
   align-self: start; text-align: center; max-width: none; font-size: .9rem; }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 1.25rem 1.75rem; }
+.samples + .hint { margin-top: 1.2rem; }
+.samples { display: grid; gap: 1.25rem 1.75rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); }
 .sample { border-left: 3px solid var(--grid); padding-left: .9rem; min-width: 0; }
 .sample header { font-size: .8rem; color: var(--soft); font-variant-numeric: tabular-nums; }
 .sample p { margin: .1rem 0 .3rem; white-space: pre-wrap; }
@@ -70,6 +75,7 @@ pre { font: .8rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; back
   padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 22rem; overflow-y: auto; }
 details { margin-top: .5rem; }
 summary { cursor: pointer; font-size: .95rem; padding: .2rem 0; }
-@media (max-width: 480px) { body { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.45rem; } }
+@media (max-width: 480px) { body { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.45rem; }
+  tbody th { white-space: normal; min-width: 8rem; } th:first-child { padding-right: .3rem; } }
 @media print { pre { max-height: none; } figure, .sample { break-inside: avoid; } }
 """

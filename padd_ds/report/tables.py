@@ -6,7 +6,7 @@ from html import escape
 
 from padd_ds.report.numbers import scaled
 
-UNKNOWN = "–"
+UNKNOWN = "-"
 _HEADER = ("model", "perplexity", "Pass@1 %", "95 % interval", "questions", "active", "total", "FLOPs/token")
 
 
@@ -80,12 +80,13 @@ def _html_row(row: TableRow) -> str:
 
 
 def _range(row: TableRow) -> str:
-    """A dot at Pass@1 on a line over its interval, on a scale from 0 to 100 %."""
+    """A tick at Pass@1 on a bar over its interval, on a scale from 0 to 100 %."""
     if row.pass_at_1 is None:
         return ""
     low = row.pass_at_1 if row.pass_at_1_low is None else row.pass_at_1_low
     high = row.pass_at_1 if row.pass_at_1_high is None else row.pass_at_1_high
     axis = '<line class="axis" x1="0%" x2="100%" y1="50%" y2="50%"/>'
     interval = f'<line class="interval" x1="{100 * low:.1f}%" x2="{100 * high:.1f}%" y1="50%" y2="50%"/>'
-    dot = f'<circle cx="{100 * row.pass_at_1:.1f}%" cy="50%" r="3.5"/>'
-    return f'<svg aria-hidden="true">{axis}{interval}{dot}</svg>'
+    share = f"{100 * row.pass_at_1:.1f}%"
+    tick = f'<line class="share" x1="{share}" x2="{share}" y1="15%" y2="85%"/>'
+    return f'<svg aria-hidden="true">{axis}{interval}{tick}</svg>'

@@ -68,12 +68,14 @@ class Collector:
         ended = responses.ended_B.tolist()
         rewards = score_responses(texts, golds, ended, self.checker, self.reward_options)
         advantage_B = self._advantages(rewards)
+        # A group without a usable gold answer is dropped: its responses keep no token to learn from.
+        usable_B = torch.tensor([reward.usable for reward in rewards], device=self.device)
         group_size = self.options.group_size
         batch = RolloutBatch(
             prompt_ids_BT=ids_PT.repeat_interleave(group_size, dim=0),
             prompt_mask_BT=mask_PT.repeat_interleave(group_size, dim=0),
             response_ids_BR=responses.ids_BR,
-            response_mask_BR=responses.mask_BR,
+            response_mask_BR=responses.mask_BR & usable_B[:, None],
             advantage_B=advantage_B,
         )
         samples = _samples(problems, texts, rewards, advantage_B, group_size)
@@ -101,11 +103,8 @@ class Collector:
         return self.tokenizer.batch_decode(real, skip_special_tokens=True)
 
     def _advantages(self, rewards: list[Reward]) -> torch.Tensor:
-        """[B]; 0 throughout a group whose gold answer cannot be parsed."""
         totals_PG = torch.tensor([reward.total for reward in rewards]).view(-1, self.options.group_size)
-        usable_PG = torch.tensor([reward.usable for reward in rewards]).view(totals_PG.shape)
-        advantages_PG = group_advantages(totals_PG) * usable_PG
-        return advantages_PG.flatten().to(self.device)
+        return group_advantages(totals_PG).flatten().to(self.device)
 
 
 def _metrics(rewards: list[Reward], responses: Responses, group_size: int) -> dict[str, tuple[float, float]]:

@@ -63,7 +63,10 @@ class HuggingFaceRollout:
         self, prompt_ids_PT: torch.Tensor, prompt_mask_PT: torch.Tensor, group_size: int, sampling: Sampling
     ) -> Responses:
         cache = None
-        if sampling.share_prefill and prompt_ids_PT.shape[1] > 1:
+        if sampling.share_prefill:
+            # Room for a cache of all tokens but the last, on every rank, whatever its own prompts are.
+            prompt_ids_PT = torch.nn.functional.pad(prompt_ids_PT, (1, 0), value=self.pad_token_id)
+            prompt_mask_PT = torch.nn.functional.pad(prompt_mask_PT, (1, 0), value=0)
             cache = self._shared_prefill(prompt_ids_PT, prompt_mask_PT, group_size)
         ids_BT = prompt_ids_PT.repeat_interleave(group_size, dim=0)
         mask_BT = prompt_mask_PT.repeat_interleave(group_size, dim=0)

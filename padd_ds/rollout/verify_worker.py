@@ -1,7 +1,7 @@
 """A process that compares answers by math-verify, one JSON line in, one JSON line out.
 
 Run as `python -m padd_ds.rollout.verify_worker`. It must not load torch: a job has several of these, and
-each should cost a second and some ten MiB, not ten seconds and half a GiB.
+each should start in a second and stay far below the memory that torch takes.
 """
 
 import json

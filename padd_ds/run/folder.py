@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
-from padd_ds.checkpoint.layout import STUDENT
+from padd_ds.checkpoint.layout import STUDENT, Checkpoint
 from padd_ds.config.schema import RunConfig
 from padd_ds.errors import UserError
 from padd_ds.files import staged_directory, write_text_whole
@@ -33,14 +33,22 @@ def check_run_folder(folder: Path, resume: bool) -> None:
         raise UserError(f"{folder} already exists; choose another run_dir, or continue it with --resume")
 
 
-def start_run_folder(folder: Path, config: RunConfig, world: int) -> None:
-    """Make the folder with the resolved configuration and where it runs; nothing is overwritten."""
+def start_run_folder(folder: Path, config: RunConfig, world: int, resumed: Checkpoint | None = None) -> None:
+    """Make the folder with the resolved configuration and where it runs.
+
+    A configuration that was changed for a resumed run takes the place of the earlier one, which stays
+    as `config.until_step_N.yaml`. UserError for a checkpoint of another stage.
+    """
+    if resumed is not None and resumed.facts["stage"] != config.stage:
+        raise UserError(f"{resumed.folder}: a checkpoint of stage {resumed.facts['stage']}, resumed as {config.stage}")
     (folder / "routing").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints").mkdir(exist_ok=True)
-    if not (folder / "config.yaml").exists():
-        tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
-        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-        write_text_whole(folder / "config.yaml", text)
+    tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    path = folder / "config.yaml"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        path.rename(folder / f"config.until_step_{resumed.step if resumed else 0}.yaml")
+    write_text_whole(path, text)
     write_text_whole(folder / "environment.json", json.dumps(environment(world), indent=1) + "\n")
 
 

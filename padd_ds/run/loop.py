@@ -23,8 +23,8 @@ def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint
     if resume_from is not None:
         stage.load_state(load_checkpoint(stage.student, resume_from))
         start = resume_from.step
-        if ranks.is_main:
-            drop_lines_from(folder, start)
+    if ranks.is_main:
+        drop_lines_from(folder, start)
     with ExitStack() as stack:
         logger = Logger(folder, config, start, stack) if ranks.is_main else None
         for step in range(start, config.steps):

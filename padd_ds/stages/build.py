@@ -19,7 +19,7 @@ from padd_ds.engine.families import expert_parallel_keys
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
 from padd_ds.errors import UserError
-from padd_ds.hf import load_causal_lm, load_tokenizer, read_config
+from padd_ds.hf import end_token_ids, load_causal_lm, load_tokenizer, read_config
 from padd_ds.losses.policy import PolicyOptions
 from padd_ds.moe.balance import BalanceOptions
 from padd_ds.rollout.collect import Collector
@@ -27,7 +27,7 @@ from padd_ds.rollout.generation import HuggingFaceRollout
 from padd_ds.rollout.rewards import RewardOptions
 from padd_ds.rollout.verify import AnswerChecker
 from padd_ds.stages import joint, warmup
-from padd_ds.stages.materials import TrainingData, load_teacher, prompt_template, read_training_data
+from padd_ds.stages.materials import TrainingData, check_vocabularies, load_teacher, prompt_template, read_training_data
 from padd_ds.stages.stage import Stage
 
 Options = TypeVar("Options")
@@ -39,6 +39,7 @@ class Inputs:
 
     config: RunConfig
     deepspeed_tree: dict[str, Any]
+    dtype: torch.dtype
     tokenizer: Any
     data: TrainingData
     targets: ConversionTargets | None
@@ -53,11 +54,15 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     expert_parallel_keys(student)
     check_parallelism(json_path, tree, world_size, student.n_routed_experts)
     check_batches(config, world_size)
+    dtype = model_dtype(tree)
     if config.model.teacher is not None:
-        read_config(config.model.teacher, trust_remote_code=trust)
+        teacher = read_config(config.model.teacher, trust_remote_code=trust)
+        check_vocabularies(config.model.teacher, teacher.vocab_size, student.vocab_size)
+    reward_rules(config)
     tokenizer = load_tokenizer(config.model.student, trust_remote_code=trust)
     data = read_training_data(config, tokenizer)
-    return Inputs(config=config, deepspeed_tree=tree, tokenizer=tokenizer, data=data, targets=_targets(config, student))
+    targets = _targets(config, student)
+    return Inputs(config=config, deepspeed_tree=tree, dtype=dtype, tokenizer=tokenizer, data=data, targets=targets)
 
 
 @contextmanager
@@ -68,11 +73,9 @@ def open_stage(inputs: Inputs, ranks: Ranks) -> Iterator[Stage]:
         "joint": _joint_stage,
     }
     config = inputs.config
-    dtype = model_dtype(inputs.deepspeed_tree)
-    student = _student(inputs, dtype, ranks)
+    student = _student(inputs, ranks)
     weight = config.warmup.kd_weight if config.stage == "warmup" else config.distillation.weight
-    vocabulary = student.model.config.vocab_size
-    teacher = load_teacher(config, vocabulary, dtype, ranks.device) if weight > 0 else None
+    teacher = load_teacher(config, inputs.dtype, ranks.device) if weight > 0 else None
     stage = builders[config.stage](inputs, student, teacher)
     try:
         yield stage.as_stage()
@@ -105,9 +108,9 @@ def _targets(config: RunConfig, student_config: Any) -> ConversionTargets | None
     return targets
 
 
-def _student(inputs: Inputs, dtype: torch.dtype, ranks: Ranks) -> Student:
+def _student(inputs: Inputs, ranks: Ranks) -> Student:
     config = inputs.config
-    model = load_causal_lm(config.model.student, dtype, trust_remote_code=config.model.trust_remote_code)
+    model = load_causal_lm(config.model.student, inputs.dtype, trust_remote_code=config.model.trust_remote_code)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -147,6 +150,15 @@ def options_from(section: Any, options: type[Options]) -> Options:
     return options(**{name: getattr(section, name) for name in shared})
 
 
+def reward_rules(config: RunConfig) -> tuple[AnswerFormat, RewardOptions]:
+    """How answers are found and weighed; UserError for an unknown format or a broken pattern."""
+    reward = config.reward
+    return (
+        AnswerFormat(name=reward.answer_format, pattern=reward.answer_pattern),
+        options_from(reward, RewardOptions),
+    )
+
+
 def _warmup_stage(inputs: Inputs, student: Student, teacher: Any) -> warmup.WarmupStage:
     return warmup.WarmupStage(
         student=student,
@@ -160,20 +172,19 @@ def _warmup_stage(inputs: Inputs, student: Student, teacher: Any) -> warmup.Warm
 
 def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointStage:
     config, ranks = inputs.config, student.ranks
-    reward = config.reward
-    answer_format = AnswerFormat(name=reward.answer_format, pattern=reward.answer_pattern)
+    answer_format, reward_options = reward_rules(config)
     collector = Collector(
         engine=HuggingFaceRollout(
             model=student.model,
-            end_token_ids=_end_token_ids(student.model, inputs.tokenizer),
+            end_token_ids=tuple(end_token_ids(student.model, inputs.tokenizer)),
             pad_token_id=inputs.tokenizer.pad_token_id,
             ranks_in_step=ranks.world > 1,
         ),
         tokenizer=inputs.tokenizer,
         problems=inputs.data.problems,
         template=prompt_template(config.data),
-        checker=AnswerChecker(answer_format, workers=reward.workers, timeout_s=reward.timeout_s),
-        reward_options=options_from(reward, RewardOptions),
+        checker=AnswerChecker(answer_format, workers=config.reward.workers, timeout_s=config.reward.timeout_s),
+        reward_options=reward_options,
         options=config.rollout,
         max_prompt_tokens=config.data.max_prompt_tokens,
         seed=config.seed,
@@ -189,10 +200,3 @@ def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointS
         policy_options=options_from(config.policy, PolicyOptions),
         balance_options=options_from(config.balance, BalanceOptions),
     )
-
-
-def _end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a response: the generation config's, and the tokenizer's."""
-    configured = model.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    return tuple(sorted({int(end) for end in [*ends, tokenizer.eos_token_id] if end is not None}))

@@ -84,16 +84,20 @@ def supervised_target(data: DataConfig, problem: Problem) -> str:
     return render_target(problem, target)
 
 
-def load_teacher(config: RunConfig, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """The frozen dense teacher on `device`; UserError unless its vocabulary is the student's."""
+def load_teacher(config: RunConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    """The frozen dense teacher on `device`."""
     assert config.model.teacher is not None
     teacher = load_causal_lm(config.model.teacher, dtype, trust_remote_code=config.model.trust_remote_code)
-    if teacher.config.vocab_size != vocabulary:
-        raise UserError(
-            f"model.teacher {config.model.teacher} has a vocabulary of {teacher.config.vocab_size}, the student one of "
-            f"{vocabulary}; distillation needs the same tokens on both sides"
-        )
     return teacher.requires_grad_(False).to(device)
+
+
+def check_vocabularies(teacher: str, teacher_size: int, student_size: int) -> None:
+    """UserError unless teacher and student predict the same tokens."""
+    if teacher_size != student_size:
+        raise UserError(
+            f"model.teacher {teacher} has a vocabulary of {teacher_size}, the student one of {student_size}; "
+            "distillation needs the same tokens on both sides"
+        )
 
 
 def write_data_report(data: TrainingData, run_dir: Path, log: Callable[[str], None]) -> None:

@@ -54,14 +54,14 @@ class WarmupStage:
         student.engine.train()
         micro_batches = self._micro_batches(step)
         n_tokens = sum_over_ranks(torch.stack([_learnt(batch).sum() for batch in micro_batches]).sum())
-        sums, statistics = MetricSums(), RoutingStatistics.start(student)
+        sums, statistics, finite = MetricSums(), RoutingStatistics.start(student), True
         for index, batch in enumerate(micro_batches):
             student.control.seed = derive_seed(config.seed, step, student.ranks.rank, index)
             with student.routing(config.warmup.routing, noise=config.routing.noise):
                 loss = self._loss(batch, n_tokens, len(micro_batches), sums, statistics)
                 student.backward(loss)
-            last = index == len(micro_batches) - 1
-            if last and any_rank(not bool(torch.isfinite(loss)), student.ranks):
+            finite = finite and bool(torch.isfinite(loss))
+            if index == len(micro_batches) - 1 and any_rank(not finite, student.ranks):
                 raise TrainingDiverged(f"step {step}: the warm-up loss is not finite; lower optimizer.learning_rate")
             student.step()
         metrics = sums.means(student.ranks) | {"tokens": float(n_tokens)} | student.optimiser_metrics()
@@ -112,6 +112,7 @@ class WarmupStage:
         sums.add("loss_lm", lm_sum, n_learnt)
         sums.add("loss_kd", kd_sum, n_learnt)
         sums.add("loss_init", init)
+        sums.add("targets_truncated", batch["truncated"], len(ids_BT))
         return warmup_loss(
             global_mean(lm_sum, n_tokens, world),
             global_mean(kd_sum, n_tokens, world),

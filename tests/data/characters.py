@@ -17,9 +17,7 @@ def character_tokenizer(*, chat: bool = False, bos: bool = False) -> PreTrainedT
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern="", behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", 2)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     pad, eos, begin = SPECIAL
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -26,9 +26,7 @@ def test_loss_mask_covers_the_target_and_its_end_token_only():
     batch = supervised_batch(["ab", "a"], ["c", "cde"], tokenizer, max_length=20)
     assert batch["attention_mask_BT"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert batch["loss_mask_BT"].tolist() == [[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]]
-    learnt = [
-        ids[mask.bool()] for ids, mask in zip(batch["input_ids_BT"], batch["loss_mask_BT"], strict=True)
-    ]
+    learnt = [ids[mask.bool()] for ids, mask in zip(batch["input_ids_BT"], batch["loss_mask_BT"], strict=True)]
     assert [tokenizer.decode(ids) for ids in learnt] == ["c<eos>", "cde<eos>"]
     assert batch["truncated"] == 0
 

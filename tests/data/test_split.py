@@ -46,9 +46,7 @@ def test_known_hashes_stay_where_they_are():
 
 
 def test_repeats_are_dropped_and_counted_however_they_are_written():
-    rows = [
-        Problem(question=text, answer="7") for text in ("What is $3 + 4$?", "what is  3+4", "What is 3 - 4?")
-    ]
+    rows = [Problem(question=text, answer="7") for text in ("What is $3 + 4$?", "what is  3+4", "What is 3 - 4?")]
     split = split_problems(rows)
     assert split.duplicates == 1
     assert sum(map(len, split.parts.values())) == 2

@@ -60,9 +60,7 @@ def test_lengths_must_agree(checker):
         score(checker, ["7"], ["7", "8"], [True])
 
 
-@pytest.mark.parametrize(
-    "options", [{"correct_weight": -1.0}, {"format_weight": -0.1}, {"format_pattern": "("}]
-)
+@pytest.mark.parametrize("options", [{"correct_weight": -1.0}, {"format_weight": -0.1}, {"format_pattern": "("}])
 def test_bad_options_are_refused(options):
     with pytest.raises(UserError):
         RewardOptions(**options)

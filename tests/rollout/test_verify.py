@@ -83,6 +83,7 @@ def test_integers_need_no_process():
     assert [verdict.status for verdict in verdicts] == ["ok", "ok", "no_answer"]
 
 
+@pytest.mark.slow
 def test_a_hung_comparison_costs_its_timeout_and_nothing_else():
     hang = AnswerFormat(name="pattern", pattern=r"^((?:a|aa)+)$")
     with AnswerChecker(hang, timeout_s=3.0) as checker:
@@ -94,7 +95,8 @@ def test_a_hung_comparison_costs_its_timeout_and_nothing_else():
     assert 3.0 <= elapsed_s < 60.0
 
 
-@pytest.mark.parametrize("unit", ["1 2 3 4 ", r"\frac{1}{", r"\boxed{", "9^{"])
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["1 2 3 4 ", r"\frac{1}{", r"\boxed{"])
 def test_a_huge_response_is_bounded_by_the_timeout(unit):
     response = "$" + unit * (100_000 // len(unit)) + "$"
     with AnswerChecker(timeout_s=1.5) as checker:

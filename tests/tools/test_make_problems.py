@@ -42,9 +42,7 @@ def test_problems_are_distinct_right_and_reproducible(make):
     assert len({row["question"] for row in rows}) == 60
     assert {row["subject"] for row in rows} == {"sum2", "chain_sum"}
     for row in rows:
-        terms = (
-            row["question"].removeprefix("What is ").removesuffix("?").replace("- ", "-").replace("+ ", "")
-        )
+        terms = row["question"].removeprefix("What is ").removesuffix("?").replace("- ", "-").replace("+ ", "")
         assert sum(map(int, terms.split())) == int(row["answer"])
     assert make(*arguments, output="again.jsonl") == rows
 

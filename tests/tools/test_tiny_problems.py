@@ -9,7 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from tiny_problems import (
+
+from padd_ds.errors import UserError
+from tools.tiny_problems import (
     ANSWER_PATTERN,
     LARGEST_DISTINCT_PER_SUBJECT,
     SUBJECTS,
@@ -19,8 +21,6 @@ from tiny_problems import (
     take,
     write_problems,
 )
-
-from padd_ds.errors import UserError
 
 
 def solve(problem: Problem) -> int:

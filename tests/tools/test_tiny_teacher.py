@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import SPECIALS, make_tiny_model, make_tokenizer, save_teacher
-from tiny_problems import distinct_problems, problem_stream, take
-from tiny_teacher import (
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from padd_ds.errors import UserError
+from tools.tiny_model import SPECIALS, make_tiny_model, make_tokenizer, save_teacher
+from tools.tiny_problems import distinct_problems, problem_stream, take
+from tools.tiny_teacher import (
     IGNORED,
     TrainingOptions,
     bucketed_batches,
@@ -19,9 +22,6 @@ from tiny_teacher import (
     response_loss,
     train,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from padd_ds.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "tiny_teacher.py"
 SMALL = ["--hidden-size", "32", "--layers", "2", "--ffn-size", "64", "--heads", "2", "--kv-heads", "1"]
@@ -29,7 +29,8 @@ FEW = ["--threads", "1", "--train-problems", "20", "--test-problems", "5", "--ba
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(TOOL), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_tokenizer_gives_every_problem_back_without_unknown_tokens():
@@ -65,7 +66,8 @@ def test_saved_teacher_loads_with_auto_classes(tmp_path: Path):
 def test_chat_template_adds_nothing_but_the_end_token():
     tokenizer = make_tokenizer()
     messages = [{"role": "user", "content": "47 plus 85?"}]
-    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == "47 plus 85?"
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == "47 plus 85?"
     messages.append({"role": "assistant", "content": "#132"})
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "47 plus 85?#132<eos>"
     ids = tokenizer("47 plus 85?#132<eos>")["input_ids"]

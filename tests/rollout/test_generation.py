@@ -1,0 +1,129 @@
+"""Sampling: shared prefill, end tokens, ranks in step."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from padd_ds.engine.ranks import Ranks
+from padd_ds.rollout.batch import RolloutBatch, response_positions
+from padd_ds.rollout.generation import HuggingFaceRollout, Responses, Sampling, generate_in_batches, split_responses
+from tests.ranks import run_ranks
+from tests.tiny import tiny_student
+from tests.world import joint_config, make_student
+
+PROMPTS = torch.tensor([[0, 0, 9, 7, 12], [5, 8, 30, 11, 4], [0, 0, 0, 0, 6]])
+MASK = (PROMPTS != 0).long()
+END = (1,)
+
+
+def rollout_engine(model: Any, ranks_in_step: bool = False) -> HuggingFaceRollout:
+    return HuggingFaceRollout(model=model, end_token_ids=END, pad_token_id=0, ranks_in_step=ranks_in_step)
+
+
+def greedy(share_prefill: bool, max_new_tokens: int = 8) -> Sampling:
+    return Sampling(max_new_tokens=max_new_tokens, temperature=0.0, share_prefill=share_prefill)
+
+
+def test_a_shared_prefill_changes_nothing() -> None:
+    engine = rollout_engine(tiny_student())
+    apart = engine.generate(PROMPTS, MASK, 2, greedy(False))
+    shared = engine.generate(PROMPTS, MASK, 2, greedy(True))
+    assert torch.equal(apart.ids_BR, shared.ids_BR)
+    assert torch.equal(apart.ids_BR[0::2], apart.ids_BR[1::2])
+
+
+def test_prompts_of_one_token_work() -> None:
+    responses = rollout_engine(tiny_student()).generate(PROMPTS[2:, 4:], MASK[2:, 4:], 3, greedy(True))
+    assert responses.ids_BR.shape[0] == 3
+
+
+def test_sampling_follows_the_distribution_at_the_temperature() -> None:
+    """The first token of many samples against the model's own softmax."""
+    model, temperature = tiny_student(), 2.0
+    torch.manual_seed(0)
+    n = 4000
+    sampling = Sampling(max_new_tokens=1, temperature=temperature)
+    ids_BR = rollout_engine(model).generate(PROMPTS[1:2], MASK[1:2], n, sampling).ids_BR
+    with torch.no_grad():
+        expected_V = (model(PROMPTS[1:2]).logits[0, -1] / temperature).softmax(-1)
+    observed_V = torch.bincount(ids_BR[:, 0], minlength=64) / n
+    standard_error_V = (expected_V * (1 - expected_V) / n).sqrt()
+    assert ((observed_V - expected_V).abs() <= 5 * standard_error_V + 1e-3).all()
+
+
+def test_a_response_reaches_to_its_first_end_token() -> None:
+    responses = split_responses(torch.tensor([[5, 1, 0, 1], [5, 6, 7, 8], [1, 0, 0, 0]]), END)
+    assert responses.mask_BR.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
+    assert responses.ended_B.tolist() == [True, False, True]
+
+
+def test_batches_are_joined_to_the_longest() -> None:
+    lengths = iter([2, 3])
+
+    def fake(ids: torch.Tensor, mask: torch.Tensor) -> Responses:
+        shape = (len(ids), next(lengths))
+        return Responses(
+            ids_BR=torch.full(shape, 9), mask_BR=torch.ones(shape, dtype=torch.bool), ended_B=torch.ones(len(ids)) > 0
+        )
+
+    joined = generate_in_batches(fake, PROMPTS, MASK, 2, 0)
+    assert joined.ids_BR.tolist() == [[9, 9, 0], [9, 9, 0], [9, 9, 9]]
+    assert joined.mask_BR.sum(1).tolist() == [2, 2, 3]
+
+
+def rollout_batch() -> RolloutBatch:
+    return RolloutBatch(
+        prompt_ids_BT=PROMPTS,
+        prompt_mask_BT=MASK,
+        response_ids_BR=torch.tensor([[21, 1, 0, 0], [22, 23, 24, 25], [26, 1, 0, 0]]),
+        response_mask_BR=torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool(),
+        advantage_B=torch.tensor([1.0, -1.0, 0.0]),
+    )
+
+
+def test_chosen_rows_lose_padding_that_none_of_them_needs() -> None:
+    rows = rollout_batch().rows(torch.tensor([0, 2]))
+    assert rows.prompt_ids_BT.tolist() == [[9, 7, 12], [0, 0, 6]]
+    assert rows.response_ids_BR.tolist() == [[21, 1], [26, 1]]
+    assert rows.advantage_B.tolist() == [1.0, 0.0]
+    assert rows.input_ids_BL.shape == rows.attention_mask_BL.shape == (2, 5)
+
+
+def test_an_empty_response_keeps_one_masked_column() -> None:
+    rows = rollout_batch().rows(torch.tensor([2]))
+    assert rows.response_ids_BR.shape == (1, 1) and not rows.response_mask_BR.any()
+
+
+def test_the_positions_before_each_response_token_predict_it() -> None:
+    sequence = torch.arange(10)[None]
+    assert response_positions(sequence, 4).tolist() == [[5, 6, 7, 8]]
+
+
+def ragged(ranks: Ranks) -> list[list[int]]:
+    """Rank 0 may answer in one token, rank 1 may not end at all: the end token differs."""
+    student = make_student(
+        ranks,
+        joint_config(),
+        {
+            "expert_parallel": {"enabled": True, "autoep_size": 2, "use_grouped_mm": False},
+            "zero_optimization": {"stage": 2},
+            "gradient_clipping": 1.0,
+        },
+    )
+    student.engine.eval()
+    free = HuggingFaceRollout(model=student.model, end_token_ids=(63,), pad_token_id=0, ranks_in_step=True)
+    first = free.generate(PROMPTS, MASK, 1, greedy(True, 6)).ids_BR
+    # Rank 0 now ends where its first response began: with every first token an end token it stops at once.
+    ends = tuple(set(first[:, 0].tolist())) if ranks.rank == 0 else (63,)
+    ragged_engine = HuggingFaceRollout(model=student.model, end_token_ids=ends, pad_token_id=0, ranks_in_step=True)
+    responses = ragged_engine.generate(PROMPTS, MASK, 1, greedy(True, 6))
+    return responses.mask_BR.sum(dim=1).tolist()
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_ranks_with_responses_of_very_different_length_do_not_hang() -> None:
+    short, long = run_ranks(ragged, 2, timeout_s=180)
+    assert short == [1, 1, 1]
+    assert long == [6, 6, 6]

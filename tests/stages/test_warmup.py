@@ -1,0 +1,107 @@
+"""The warm-up step: what it trains, what it measures, and that ranks agree."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from padd_ds.config.schema import RunConfig, WarmupConfig
+from padd_ds.conversion.targets import ConversionTargets
+from padd_ds.engine.ranks import Ranks
+from padd_ds.losses.prior import expert_prior
+from padd_ds.stages.warmup import WarmupStage, is_trained, student_activity
+from tests.ranks import run_ranks
+from tests.world import deepspeed_tree, joint_config, make_student, problems
+from tools.tiny_model import make_tiny_model, make_tokenizer
+
+
+def warmup_config(**options: Any) -> RunConfig:
+    return joint_config(stage="warmup", warmup=WarmupConfig(batch_size=8, init_tokens=16, **options))
+
+
+def targets() -> ConversionTargets:
+    priors = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    return ConversionTargets(
+        expert_prior_LE=priors,
+        prior_temperature=0.3,
+        assignment_LF=torch.zeros(2, 80, dtype=torch.int32),
+        layer_map_L=torch.arange(2, dtype=torch.int32),
+    )
+
+
+def make_warmup(ranks: Ranks, config: RunConfig) -> WarmupStage:
+    student = make_student(
+        ranks,
+        config,
+        deepspeed_tree(ranks.world),
+        trainable=lambda name: is_trained(name, config.warmup.train_shared_experts),
+    )
+    return WarmupStage(
+        student=student,
+        teacher=make_tiny_model().eval().requires_grad_(False),
+        tokenizer=make_tokenizer(),
+        problems=problems(),
+        targets=targets(),
+        config=config,
+    )
+
+
+def steps(ranks: Ranks, options: dict[str, Any]) -> dict[str, Any]:
+    stage = make_warmup(ranks, warmup_config(**options))
+    before = {name: tensor.detach().clone() for name, tensor in stage.student.model.named_parameters()}
+    reports = [stage.step(step) for step in range(3)]
+    moved = {name for name, tensor in stage.student.model.named_parameters() if not torch.equal(tensor, before[name])}
+    return {"metrics": [dict(report.metrics) for report in reports], "moved": sorted(moved)}
+
+
+def three_routings(ranks: Ranks) -> dict[str, Any]:
+    return {routing: steps(ranks, {"routing": routing}) for routing in ("routed", "sample", "dense")}
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_only_experts_move_under_every_routing_and_ranks_report_the_same() -> None:
+    first, second = run_ranks(three_routings, 2)
+    for routing, result in first.items():
+        assert all(".mlp.experts." in name or ".mlp.shared_experts." in name for name in result["moved"]), routing
+        assert len(result["moved"]) == 2 * (3 + 3), routing
+        assert result["metrics"] == second[routing]["metrics"]
+        losses = [metrics["loss_lm"] for metrics in result["metrics"]]
+        assert losses[2] < losses[0], routing
+        assert all(metrics["loss_init"] > 0 and metrics["loss_kd"] > 0 for metrics in result["metrics"])
+
+
+def init_alone(ranks: Ranks) -> list[float]:
+    stage = make_warmup(ranks, warmup_config(kd_weight=0.0, init_weight=100.0, train_shared_experts=False))
+    return [stage.step(step).metrics["loss_init"] for step in range(12)]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_l_init_pulls_expert_activity_towards_the_clusters() -> None:
+    losses = run_ranks(init_alone, 1)[0]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_what_is_trained() -> None:
+    assert is_trained("model.layers.3.mlp.experts.w1", False)
+    assert is_trained("model.layers.3.mlp.experts.gate_up_proj", False)
+    assert is_trained("model.layers.3.mlp.shared_experts.up_proj.weight", True)
+    assert not is_trained("model.layers.3.mlp.shared_experts.up_proj.weight", False)
+    assert not is_trained("model.layers.3.mlp.gate.weight", True)
+    assert not is_trained("model.layers.3.self_attn.q_proj.weight", True)
+
+
+def activity(ranks: Ranks) -> torch.Tensor:
+    student = make_student(ranks, warmup_config(), deepspeed_tree(ranks.world))
+    x_SD = torch.randn(12, 32, generator=torch.Generator().manual_seed(1)).chunk(ranks.world)[ranks.rank]
+    return student_activity(student.layers[0], x_SD).detach()
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_activity_is_measured_on_the_tokens_of_all_expert_parallel_ranks() -> None:
+    alone = run_ranks(activity, 1)[0]
+    for shared in run_ranks(activity, 2):
+        torch.testing.assert_close(shared, alone, rtol=1e-6, atol=0)
+    assert expert_prior(alone, 0.3).sum().item() == pytest.approx(1)
