@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from padd_ds.errors import UserError, run_cli
+from padd_ds.files import write_text_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -31,8 +33,10 @@ class Demo:
     title: str
     note: str
     make_teacher: list[list[str]]
-    """Commands that leave teacher/, data/train.jsonl, data/test.jsonl and data/text.txt in the output folder;
-    `{out}` stands for it."""
+    """Commands that leave teacher/, data/train.jsonl and data/test.jsonl in the output folder; `{out}` stands
+    for it, `{seed}` for the seed."""
+    write_texts: Callable[[Path], None]
+    """Writes the calibration file, and data/text.txt for perplexity, into the data folder."""
     convert: list[str]
     """Options of padd-convert."""
     evaluate: list[str]
@@ -49,13 +53,77 @@ TINY_EVALUATION += ["--subject-field", "subject", "--max-new-tokens", "48", "--b
 TINY_CONVERSION = ["--experts", "16", "--shared-experts", "2", "--top-k", "6"]
 TINY_CONVERSION += ["--calibration-field", "question,solution", "--calibration", "{out}/data/calibration.jsonl"]
 
+TINY_TEACHER = ["tools/tiny_teacher.py", "--output", "{out}/teacher", "--data-output", "{out}/data", "--seed", "{seed}"]
+
+
+def worked_texts(data: Path) -> None:
+    """Calibration from part A of the training set; the text is held-out worked answers."""
+    from padd_ds.data.problems import FieldMap, map_rows
+    from padd_ds.data.sources import read_rows
+    from padd_ds.data.split import split_problems
+
+    fields = FieldMap(solution="solution")
+    part_a = split_problems(map_rows(read_rows(str(data / "train.jsonl")), fields)).parts["A"]
+    lines = [json.dumps({"question": p.question, "solution": p.solution}) for p in part_a]
+    write_text_whole(data / "calibration.jsonl", "\n".join(lines) + "\n")
+    held_out = map_rows(read_rows(str(data / "test.jsonl")), fields)
+    write_text_whole(data / "text.txt", "\n".join(f"{p.question}{p.solution}" for p in held_out) + "\n")
+
+
+def prose_texts(data: Path) -> None:
+    """Python's language reference, which every CPython carries: odd topics to calibrate on, even ones as text.
+
+    Part A of the problems stands in front of the calibration text, in the words of the demonstration.
+    """
+    from pydoc_data.topics import topics
+
+    from padd_ds.data.problems import FieldMap, map_rows
+    from padd_ds.data.sources import read_rows
+    from padd_ds.data.split import split_problems
+
+    part_a = split_problems(map_rows(read_rows(str(data / "train.jsonl")), FieldMap())).parts["A"]
+    sums = "\n".join(
+        f"Calculate {p.question} = ? Reply with the result only.\n{p.question} = {p.answer}" for p in part_a
+    )
+    names = sorted(topics)
+    write_text_whole(data / "calibration.txt", sums + "\n" + "\n".join(topics[name] for name in names[1::2]))
+    write_text_whole(data / "text.txt", "\n".join(topics[name] for name in names[0::2]))
+
+
+SUM_TASKS = ["chain_sum:subject=sum2,min_terms=2,max_terms=2,min_digits=1,max_digits=1"] * 2
+SUM_TASKS += ["products:subject=product,min_terms=2,max_terms=2,min_digits=1,max_digits=1"]
+SUM_TASKS += ["chain_sum:subject=sum3,min_terms=3,max_terms=3,min_digits=1,max_digits=1"] * 2
+MAKE_PROBLEMS = ["tools/make_problems.py", *SUM_TASKS, "--question", "{expression}", "--seed", "{seed}"]
+SMOLLM2_EVALUATION = ["--template", "Calculate {question} = ? Reply with the result only.", "--chat"]
+SMOLLM2_EVALUATION += ["--answer-format", "last_number", "--max-new-tokens", "16", "--subject-field", "subject"]
+SMOLLM2_EVALUATION += ["--batch-size", "50", "--window", "256", "--max-windows", "16"]
+
 DEMOS = {
+    "smollm2": Demo(
+        title="PADD demo: SmolLM2-135M-Instruct (dequantised) and its mixture-of-experts student",
+        note="16 slices per layer, 4 always on, 8 of 12 routed: 75 % of the feed-forward part is active. Perplexity: "
+        "16 windows of 256 tokens of Python's language reference.",
+        make_teacher=[
+            ["tools/smollm2.py", "--output", "{out}/teacher"],
+            [*MAKE_PROBLEMS, "--count", "100", "--output", "{out}/data/test.jsonl"],
+            [*MAKE_PROBLEMS, "--count", "400", "--output", "{out}/data/train.jsonl"]
+            + ["--exclude", "{out}/data/test.jsonl"],
+        ],
+        write_texts=prose_texts,
+        convert=["--experts", "16", "--shared-experts", "4", "--top-k", "8", "--calibration-tokens", "8192"]
+        + ["--calibration", "{out}/data/calibration.txt"],
+        evaluate=SMOLLM2_EVALUATION,
+        warmup="ds_configs/runs/demo_warmup.yaml",
+        joint="ds_configs/runs/demo_joint.yaml",
+        overrides={"warmup": [], "joint": []},
+    ),
     "tiny": Demo(
         title="PADD demo: a toy teacher, seven kinds of arithmetic",
         note="The teacher (1.06M parameters) is trained from scratch; 50 % of its FFN is active in the student.",
         make_teacher=[
-            ["tools/tiny_teacher.py", "--output", "{out}/teacher", "--data-output", "{out}/data", "--minutes", "1.7"],
+            [*TINY_TEACHER, "--minutes", "1.7"],
         ],
+        write_texts=worked_texts,
         convert=TINY_CONVERSION,
         evaluate=TINY_EVALUATION,
         warmup="ds_configs/runs/demo_tiny_warmup.yaml",
@@ -66,10 +134,10 @@ DEMOS = {
         title="PADD demo: the path alone",
         note="Nothing is learnt here in earnest; this size tests that every step runs.",
         make_teacher=[
-            ["tools/tiny_teacher.py", "--output", "{out}/teacher", "--data-output", "{out}/data", "--steps", "4"]
-            + ["--hidden-size", "32", "--layers", "2", "--ffn-size", "128", "--heads", "2", "--kv-heads", "1"]
-            + ["--train-problems", "60", "--test-problems", "4"],
+            [*TINY_TEACHER, "--steps", "4", "--train-problems", "60", "--test-problems", "4"]
+            + ["--hidden-size", "32", "--layers", "2", "--ffn-size", "128", "--heads", "2", "--kv-heads", "1"],
         ],
+        write_texts=worked_texts,
         convert=["--experts", "8", "--shared-experts", "2", "--top-k", "3", *TINY_CONVERSION[6:]],
         evaluate=[*TINY_EVALUATION, "--max-new-tokens", "8", "--max-windows", "2"],
         warmup="ds_configs/runs/demo_tiny_warmup.yaml",
@@ -127,9 +195,9 @@ def run_demo(demo: Demo, output: Path, seed: int) -> None:
     started_s = time.monotonic()
     runner, out = Runner(output), str(output)
     for number, command in enumerate(demo.make_teacher):
-        filled = [part.replace("{out}", out) for part in command]
-        runner.python(f"teacher-{number}", [*filled, "--seed", str(seed)], threads=os.cpu_count())
-    _split_data(output)
+        filled = [part.replace("{out}", out).replace("{seed}", str(seed)) for part in command]
+        runner.python(f"prepare-{number}", filled, threads=os.cpu_count())
+    demo.write_texts(output / "data")
     filled = [part.replace("{out}", out) for part in demo.convert]
     teacher, converted = str(output / "teacher"), str(output / "students" / "converted")
     runner.run(
@@ -191,23 +259,6 @@ def _row(name: str, output: Path, conversion: dict[str, Any]) -> Any:
         total_parameters=costs["total_parameters"],
         flops_per_token=costs["flops_per_token"],
     )
-
-
-def _split_data(output: Path) -> None:
-    """Calibration (part A of the training set) and a text of held-out worked answers for perplexity."""
-    from padd_ds.data.problems import FieldMap, map_rows
-    from padd_ds.data.sources import read_rows
-    from padd_ds.data.split import split_problems
-
-    data = output / "data"
-    fields = FieldMap(solution="solution")
-    part_a = split_problems(map_rows(read_rows(str(data / "train.jsonl")), fields)).parts["A"]
-    lines = [json.dumps({"question": p.question, "solution": p.solution}) for p in part_a]
-    (data / "calibration.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if not (data / "text.txt").exists():
-        held_out = map_rows(read_rows(str(data / "test.jsonl")), fields)
-        text = "\n".join(f"{p.question}{p.solution}" for p in held_out)
-        (data / "text.txt").write_text(text + "\n", encoding="utf-8")
 
 
 def _worth_showing(line: str) -> bool:

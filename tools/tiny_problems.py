@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass
 from itertools import count, islice, pairwise
 from pathlib import Path
 
-from padd_ds.errors import UserError
 from padd_ds.files import write_text_whole
 
 ANSWER_PATTERN = r"#(-?\d+)$"
 STYLES = ("bare", "worked")
-TEST_SHARE = 0.1
-LARGEST_DISTINCT_PER_SUBJECT = {"train": 3000, "test": 250}
+TEST_SHARE = 0.25
+_DRAWS_WITHOUT_NEWS = 5000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class _Sketch:
 
 
 def _addition(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(10, 99), rng.randint(10, 99)
+    left, right = rng.randint(10, 99), rng.randint(2, 19)
     steps, carry = [], 0
     for a, b in _columns(left, right):
         total = a + b + carry
@@ -54,7 +53,7 @@ def _addition(rng: random.Random) -> _Sketch:
 
 
 def _subtraction(rng: random.Random) -> _Sketch:
-    right, left = sorted((rng.randint(10, 99), rng.randint(10, 99)))
+    left, right = rng.randint(20, 99), rng.randint(2, 19)
     steps, borrow = [], 0
     for a, b in _columns(left, right):
         lent = 10 if a - b - borrow < 0 else 0
@@ -64,7 +63,7 @@ def _subtraction(rng: random.Random) -> _Sketch:
 
 
 def _multiplication(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(100, 999), rng.randint(2, 9)
+    left, right = rng.randint(10, 99), rng.randint(2, 6)
     steps, carry = [], 0
     for digit in reversed(_digits(left)):
         total = digit * right + carry
@@ -74,7 +73,7 @@ def _multiplication(rng: random.Random) -> _Sketch:
 
 
 def _modulo(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(100, 999), rng.randint(3, 9)
+    left, right = rng.randint(10, 99), rng.randint(2, 6)
     steps, rest = [], 0
     for digit in _digits(left):
         partial = 10 * rest + digit
@@ -85,7 +84,7 @@ def _modulo(rng: random.Random) -> _Sketch:
 
 def _gcd(rng: random.Random) -> _Sketch:
     common = rng.randint(1, 9)
-    left, right = (common * rng.randint(-(-10 // common), 99 // common) for _ in range(2))
+    left, right = (common * rng.randint(1, 49 // common) for _ in range(2))
     steps, (a, b) = [], (left, right)
     while b:
         a, b = b, a % b
@@ -94,9 +93,9 @@ def _gcd(rng: random.Random) -> _Sketch:
 
 
 def _linear_equation(rng: random.Random) -> _Sketch:
-    slope, root = rng.randint(2, 9), rng.randint(1, 15)
-    adds = slope * root < 20 or rng.random() < 0.5
-    shift = rng.randint(10, 59) if adds else rng.randint(10, slope * root - 10)
+    slope, root = rng.randint(2, 6), rng.randint(1, 9)
+    adds = slope * root < 10 or rng.random() < 0.5
+    shift = rng.randint(1, 19) if adds else rng.randint(1, 9)
     value = slope * root + (shift if adds else -shift)
     working = f"{value}{'-' if adds else '+'}{shift}={slope * root},{slope * root}/{slope}={root}"
     question = f"solve {slope}x {'plus' if adds else 'minus'} {shift} is {value}?"
@@ -104,7 +103,7 @@ def _linear_equation(rng: random.Random) -> _Sketch:
 
 
 def _quadratic_sequence(rng: random.Random) -> _Sketch:
-    bend, slope, start = rng.randint(1, 5), rng.randint(0, 14), rng.randint(10, 69)
+    bend, slope, start = rng.randint(1, 3), rng.randint(0, 6), rng.randint(1, 30)
     terms = [start + slope * n + bend * n * (n - 1) // 2 for n in range(5)]
     first, second, third, last = (b - a for a, b in pairwise(terms))
     working = f"{first},{second},{third}+{bend}={last},{terms[3]}+{last}={terms[4]}"
@@ -147,22 +146,21 @@ def problem_stream(split: str, seed: int, bare_share: float = 0.35) -> Iterator[
 
 
 def distinct_problems(split: str, count_per_subject: int, seed: int, bare_share: float = 0.35) -> list[Problem]:
-    """`count_per_subject` problems of every subject, no question twice, subjects mixed.
+    """Up to `count_per_subject` problems of every subject, no question twice, subjects mixed.
 
-    UserError when that is more than the smallest subject holds.
+    A subject with a smaller space of questions gives all that it has.
     """
-    largest = LARGEST_DISTINCT_PER_SUBJECT[split]
-    if count_per_subject > largest:
-        raise UserError(f"{count_per_subject} {split} problems per subject: at most {largest} can be made")
-    wanted = count_per_subject * len(SUBJECTS)
     found: dict[str, Problem] = {}
     room = dict.fromkeys(SUBJECTS, count_per_subject)
+    draws_without_news = 0
     for problem in problem_stream(split, seed, bare_share):
-        if len(found) == wanted:
+        if not any(room.values()) or draws_without_news == _DRAWS_WITHOUT_NEWS:
             break
+        draws_without_news += 1
         if room[problem.subject] and problem.question not in found:
             found[problem.question] = problem
             room[problem.subject] -= 1
+            draws_without_news = 0
     return list(found.values())
 
 

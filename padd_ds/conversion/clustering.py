@@ -26,24 +26,50 @@ def balanced_kmeans(
 ) -> Clustering:
     """min sum_j sum_{k in C_j} ||w_k - mu_j||^2 with |C_j| = P / E exactly (PADD eq. 1), a local minimum.
 
-    Alternates means with `balanced_assignment`; neither step can raise the cost. Starts from k-means++
-    centres drawn with `generator`. ValueError unless E divides P.
+    Alternates means with `balanced_assignment`, then with trades that count how the means would follow
+    them; a step that does not lower the cost ends the search. Starts from k-means++ centres drawn with
+    `generator`. ValueError unless E divides P.
     """
     check_divides(len(points_PC), n_clusters)
     points_PC = points_PC.float()
-    centroids_EC = kmeans_plus_plus(points_PC, n_clusters, generator)
     start_P = torch.arange(len(points_PC), device=points_PC.device) % n_clusters
+    centroids_EC = kmeans_plus_plus(points_PC, n_clusters, generator)
     assignment_P = balanced_assignment(distances(points_PC, centroids_EC), start_P)
-    costs = []
-    for _ in range(max_iterations):
-        centroids_EC = cluster_means(points_PC, assignment_P, n_clusters)
-        moved_P = balanced_assignment(distances(points_PC, centroids_EC), assignment_P, SWEEPS_PER_ITERATION)
-        costs.append(within_cluster_cost(points_PC, centroids_EC, moved_P))
-        if torch.equal(moved_P, assignment_P):
-            break
-        assignment_P = moved_P
     centroids_EC = cluster_means(points_PC, assignment_P, n_clusters)
+    square_sum = float(points_PC.square().sum(dtype=torch.float64))
+    costs = [square_sum - _explained(centroids_EC, len(points_PC))]
+    follow = False
+    for _ in range(max_iterations):
+        cost_PE = distances(points_PC, centroids_EC)
+        if follow:
+            cost_PE = following_means(cost_PE, assignment_P)
+        moved_P = balanced_assignment(cost_PE, assignment_P, SWEEPS_PER_ITERATION)
+        moved_EC = cluster_means(points_PC, moved_P, n_clusters)
+        cost = square_sum - _explained(moved_EC, len(points_PC))
+        if cost < costs[-1]:
+            assignment_P, centroids_EC = moved_P, moved_EC
+            costs.append(cost)
+        elif follow:
+            break
+        else:
+            follow = True
     return Clustering(assignment_P=assignment_P, centroids_EC=centroids_EC, costs=costs)
+
+
+def _explained(centroids_EC: torch.Tensor, n_points: int) -> float:
+    # For means of equal clusters: sum of squares = within-cluster cost + G * sum of the means' squares.
+    return n_points / len(centroids_EC) * float(centroids_EC.square().sum(dtype=torch.float64))
+
+
+def following_means(cost_PE: torch.Tensor, assignment_P: torch.Tensor) -> torch.Tensor:
+    """Squared distances as they count when a single point moves and both means follow it (Hartigan's rule).
+
+    A point sits nearer to the mean it is part of than to the same mean without it, most of all in many
+    dimensions; plain distances therefore stop too early.
+    """
+    size = len(cost_PE) / cost_PE.shape[1]
+    own_PE = torch.nn.functional.one_hot(assignment_P, cost_PE.shape[1]).bool()
+    return torch.where(own_PE, cost_PE * size / max(size - 1, 1), cost_PE * size / (size + 1))
 
 
 def balanced_assignment(cost_PE: torch.Tensor, start_P: torch.Tensor, max_sweeps: int = MAX_SWEEPS) -> torch.Tensor:

@@ -6,7 +6,7 @@ Shapes: S tokens, D model width, F neurons of the teacher's FFN.
 import torch
 from torch.nn import functional
 
-MAX_FEATURE_TOKENS = 4096
+MAX_FEATURE_TOKENS = 2048
 
 
 def hidden_activations(x_SD: torch.Tensor, w_gate_FD: torch.Tensor, w_up_FD: torch.Tensor) -> torch.Tensor:
