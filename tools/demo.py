@@ -53,7 +53,20 @@ TINY_EVALUATION += ["--subject-field", "subject", "--max-new-tokens", "48", "--b
 TINY_CONVERSION = ["--experts", "16", "--shared-experts", "2", "--top-k", "6"]
 TINY_CONVERSION += ["--calibration-field", "question,solution", "--calibration", "{out}/data/calibration.jsonl"]
 
-TINY_TEACHER = ["tools/tiny_teacher.py", "--output", "{out}/teacher", "--data-output", "{out}/data", "--seed", "{seed}"]
+TINY_TEACHER = [
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node",
+    str(RANKS),
+    "tools/tiny_teacher.py",
+    "--output",
+    "{out}/teacher",
+    "--data-output",
+    "{out}/data",
+    "--seed",
+    "{seed}",
+]
 
 
 def worked_texts(data: Path) -> None:
@@ -119,9 +132,9 @@ DEMOS = {
     ),
     "tiny": Demo(
         title="PADD demo: a toy teacher, seven kinds of arithmetic",
-        note="The teacher (1.06M parameters) is trained from scratch; 50 % of its FFN is active in the student.",
+        note="The teacher (0.5M parameters) is trained from scratch; 50 % of its FFN is active in the student.",
         make_teacher=[
-            [*TINY_TEACHER, "--minutes", "1.7"],
+            [*TINY_TEACHER, "--minutes", "1.9"],
         ],
         write_texts=worked_texts,
         convert=TINY_CONVERSION,
@@ -196,7 +209,7 @@ def run_demo(demo: Demo, output: Path, seed: int) -> None:
     runner, out = Runner(output), str(output)
     for number, command in enumerate(demo.make_teacher):
         filled = [part.replace("{out}", out).replace("{seed}", str(seed)) for part in command]
-        runner.python(f"prepare-{number}", filled, threads=os.cpu_count())
+        runner.python(f"prepare-{number}", filled)
     demo.write_texts(output / "data")
     filled = [part.replace("{out}", out) for part in demo.convert]
     teacher, converted = str(output / "teacher"), str(output / "students" / "converted")

@@ -43,7 +43,7 @@ class _Sketch:
 
 
 def _addition(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(10, 99), rng.randint(2, 19)
+    left, right = rng.randint(10, 89), rng.randint(2, 9)
     steps, carry = [], 0
     for a, b in _columns(left, right):
         total = a + b + carry
@@ -53,7 +53,7 @@ def _addition(rng: random.Random) -> _Sketch:
 
 
 def _subtraction(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(20, 99), rng.randint(2, 19)
+    left, right = rng.randint(20, 99), rng.randint(2, 9)
     steps, borrow = [], 0
     for a, b in _columns(left, right):
         lent = 10 if a - b - borrow < 0 else 0
@@ -63,7 +63,7 @@ def _subtraction(rng: random.Random) -> _Sketch:
 
 
 def _multiplication(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(10, 99), rng.randint(2, 6)
+    left, right = rng.randint(10, 99), rng.randint(2, 5)
     steps, carry = [], 0
     for digit in reversed(_digits(left)):
         total = digit * right + carry
@@ -73,7 +73,7 @@ def _multiplication(rng: random.Random) -> _Sketch:
 
 
 def _modulo(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(10, 99), rng.randint(2, 6)
+    left, right = rng.randint(10, 99), rng.randint(2, 5)
     steps, rest = [], 0
     for digit in _digits(left):
         partial = 10 * rest + digit
@@ -84,7 +84,7 @@ def _modulo(rng: random.Random) -> _Sketch:
 
 def _gcd(rng: random.Random) -> _Sketch:
     common = rng.randint(1, 9)
-    left, right = (common * rng.randint(1, 49 // common) for _ in range(2))
+    left, right = (common * rng.randint(1, 40 // common) for _ in range(2))
     steps, (a, b) = [], (left, right)
     while b:
         a, b = b, a % b
@@ -93,9 +93,9 @@ def _gcd(rng: random.Random) -> _Sketch:
 
 
 def _linear_equation(rng: random.Random) -> _Sketch:
-    slope, root = rng.randint(2, 6), rng.randint(1, 9)
+    slope, root = rng.randint(2, 4), rng.randint(1, 9)
     adds = slope * root < 10 or rng.random() < 0.5
-    shift = rng.randint(1, 19) if adds else rng.randint(1, 9)
+    shift = rng.randint(1, 9)
     value = slope * root + (shift if adds else -shift)
     working = f"{value}{'-' if adds else '+'}{shift}={slope * root},{slope * root}/{slope}={root}"
     question = f"solve {slope}x {'plus' if adds else 'minus'} {shift} is {value}?"
@@ -103,7 +103,7 @@ def _linear_equation(rng: random.Random) -> _Sketch:
 
 
 def _quadratic_sequence(rng: random.Random) -> _Sketch:
-    bend, slope, start = rng.randint(1, 3), rng.randint(0, 6), rng.randint(1, 30)
+    bend, slope, start = rng.randint(1, 2), rng.randint(0, 5), rng.randint(1, 30)
     terms = [start + slope * n + bend * n * (n - 1) // 2 for n in range(5)]
     first, second, third, last = (b - a for a, b in pairwise(terms))
     working = f"{first},{second},{third}+{bend}={last},{terms[3]}+{last}={terms[4]}"
@@ -121,7 +121,7 @@ SUBJECTS: dict[str, Callable[[random.Random], _Sketch]] = {
 }
 
 
-def problem_stream(split: str, seed: int, bare_share: float = 0.35) -> Iterator[Problem]:
+def problem_stream(split: str, seed: int, bare_share: float = 0.15) -> Iterator[Problem]:
     """Problems without end, the subjects in turn; a question may come again.
 
     `split` is `train` or `test`; the two share no question, since a hash of the question decides which
@@ -145,7 +145,7 @@ def problem_stream(split: str, seed: int, bare_share: float = 0.35) -> Iterator[
         )
 
 
-def distinct_problems(split: str, count_per_subject: int, seed: int, bare_share: float = 0.35) -> list[Problem]:
+def distinct_problems(split: str, count_per_subject: int, seed: int, bare_share: float = 0.15) -> list[Problem]:
     """Up to `count_per_subject` problems of every subject, no question twice, subjects mixed.
 
     A subject with a smaller space of questions gives all that it has.

@@ -6,6 +6,7 @@ Shapes: B problems in a batch, T tokens of the longest, R response tokens of the
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
@@ -36,6 +38,7 @@ from tools.tiny_problems import (
 )
 
 LONGEST_RESPONSE = 48
+RANK_STRIDE = 1_000_003  # keeps the problem streams of ranks and seeds apart
 IGNORED = -100
 
 
@@ -43,17 +46,17 @@ IGNORED = -100
 class TrainingOptions:
     """How the teacher is trained; exactly one of `steps` and `seconds` is set.
 
-    batch_size: problems in a step. peak_lr: of AdamW. bucket_batches: batches whose problems are sorted
+    batch_size: problems in a step of one process. peak_lr: of AdamW. bucket_batches: batches whose problems are sorted
     by length together, so that little of a batch is padding. Same seed, steps and threads: same weights.
     """
 
     steps: int | None = None
     seconds: float | None = None
     seed: int = 0
-    batch_size: int = 32
-    peak_lr: float = 3e-3
+    batch_size: int = 16
+    peak_lr: float = 4e-3
     weight_decay: float = 0.01
-    bare_share: float = 0.35
+    bare_share: float = 0.15
     bucket_batches: int = 16
 
     def __post_init__(self) -> None:
@@ -69,11 +72,11 @@ def learning_rate(progress: float, peak_lr: float) -> float:
 
 
 def bucketed_batches(
-    tokenizer: PreTrainedTokenizerFast, options: TrainingOptions
+    tokenizer: PreTrainedTokenizerFast, options: TrainingOptions, rank: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (tokens_BT, labels_BT), padded on the right; labels only on the response and its end token."""
-    stream = problem_stream("train", options.seed, options.bare_share)
-    generator = torch.Generator().manual_seed(options.seed)
+    stream = problem_stream("train", options.seed + RANK_STRIDE * rank, options.bare_share)
+    generator = torch.Generator().manual_seed(options.seed + RANK_STRIDE * rank)
     while True:
         problems = take(stream, options.batch_size * options.bucket_batches)
         encoded = sorted(_encode(tokenizer, problems), key=lambda pair: len(pair[0]))
@@ -93,26 +96,49 @@ def response_loss(model: Qwen3ForCausalLM, tokens_BT: torch.Tensor, labels_BT: t
     return functional.cross_entropy(logits_RV, targets_BT[counted_BT])
 
 
+def launched() -> tuple[int, int]:
+    """(rank, world size) under torchrun, with the process group started; (0, 1) without."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def average_over_ranks(model: Qwen3ForCausalLM, seconds: float) -> float:
+    """Average the gradients over the ranks; returns the average of `seconds`, the same on all of them."""
+    if not dist.is_initialized():
+        return seconds
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor([seconds])])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return float(flat[-1])
+
+
 def train(
     model: Qwen3ForCausalLM, options: TrainingOptions, report: Callable[[str], None] | None = None
 ) -> dict[str, float]:
     """Fit the model in place; returns steps, tokens, seconds and the mean loss of the last 50 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=options.weight_decay, fused=True)
+    rank, world = launched()
     start, step, tokens, losses, progress = time.monotonic(), 0, 0, [], 0.0
     model.train()
-    for tokens_BT, labels_BT in bucketed_batches(make_tokenizer(), options):
+    for tokens_BT, labels_BT in bucketed_batches(make_tokenizer(), options, rank):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, options.peak_lr)
         loss = response_loss(model, tokens_BT, labels_BT)
         loss.backward()
+        elapsed = average_over_ranks(model, time.monotonic() - start)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        step, tokens = step + 1, tokens + tokens_BT.numel()
-        elapsed = time.monotonic() - start
+        step, tokens = step + 1, tokens + tokens_BT.numel() * world
         progress = step / options.steps if options.steps else elapsed / (options.seconds or 1.0)
-        if report and step % 50 == 0:
+        if report and rank == 0 and step % 50 == 0:
             report(_progress_line(step, tokens, elapsed, progress, _mean(losses[-50:])))
         if progress >= 1.0:
             break
@@ -201,19 +227,22 @@ def _pad(encoded: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tens
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a tiny dense teacher.")
+    parser = argparse.ArgumentParser(
+        description="Train a tiny dense teacher, alone or under torchrun (one thread per process is fastest).",
+        epilog="example: torchrun --nproc_per_node 2 tools/tiny_teacher.py --output teacher --data-output data",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the teacher")
     parser.add_argument("--data-output", type=Path, required=True, help="for train.jsonl, test.jsonl")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="training time (default 2)")
     length.add_argument("--steps", type=int, help="training steps, for a result that a seed repeats")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--ffn-size", type=int, default=512)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each process (default 1)")
+    parser.add_argument("--hidden-size", type=int, default=96)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--ffn-size", type=int, default=384)
+    parser.add_argument("--heads", type=int, default=3)
+    parser.add_argument("--kv-heads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=TrainingOptions.batch_size)
     parser.add_argument("--peak-lr", type=float, default=TrainingOptions.peak_lr)
     parser.add_argument("--bare-share", type=float, default=TrainingOptions.bare_share)
@@ -254,6 +283,8 @@ def main() -> None:
         seed=args.seed,
     )
     result = {"options": asdict(options), **train(model, options, lambda line: print(line, flush=True))}
+    if launched()[0] != 0:
+        return
     if args.evaluate:
         result["pass_at_1"] = _print_table(evaluate(model, test))
     with (

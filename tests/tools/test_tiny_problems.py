@@ -117,7 +117,7 @@ def test_bare_style_is_the_answer_alone():
         assert (problem.solution == f"#{problem.answer}") == (problem.style == "bare")
 
 
-@pytest.mark.parametrize(("split", "number"), [("train", 250), ("test", 90)])
+@pytest.mark.parametrize(("split", "number"), [("train", 200), ("test", 60)])
 def test_every_subject_gives_the_number_of_distinct_problems_asked_for(split: str, number: int):
     problems = distinct_problems(split, number, seed=0)
     assert len({problem.question for problem in problems}) == len(problems)
@@ -128,7 +128,7 @@ def test_a_small_subject_gives_all_that_it_has():
     problems = distinct_problems("train", 10_000, seed=0)
     modulo = {problem.question for problem in problems if problem.subject == "modulo"}
     other = {problem.question for problem in distinct_problems("test", 10_000, seed=0) if problem.subject == "modulo"}
-    assert modulo | other == {f"{left} mod {right}?" for left in range(10, 100) for right in range(2, 7)}
+    assert modulo | other == {f"{left} mod {right}?" for left in range(10, 100) for right in range(2, 6)}
 
 
 def test_subjects_draw_from_the_generator_alone():
