@@ -6,7 +6,7 @@ from typing import Any
 
 from padd_ds.data.answers import ANSWER_FORMATS, AnswerFormat
 from padd_ds.data.problems import GOLD_FORMATS, FieldMap, Problem, map_rows
-from padd_ds.data.prompts import TEMPLATES, PromptTemplate, resolve_template
+from padd_ds.data.prompts import TEMPLATES, PromptTemplate, render, resolve_template
 from padd_ds.data.sources import read_rows
 from padd_ds.errors import UserError, run_cli
 from padd_ds.evaluation.benchmarks import BENCHMARKS, load_benchmark
@@ -46,6 +46,7 @@ def _add_problem_options(parser: argparse.ArgumentParser) -> None:
     problems.add_argument("--question-field", default="question", metavar="NAME")
     problems.add_argument("--answer-field", default="answer", metavar="NAME")
     problems.add_argument("--subject-field", metavar="NAME", help="report Pass@1 by this field too")
+    problems.add_argument("--solution-field", metavar="NAME", help="measure the perplexity of these texts too")
     problems.add_argument("--gold-format", choices=GOLD_FORMATS, default="plain", help="how rows hold it")
     problems.add_argument("--limit", type=int, metavar="N", help="the first N problems only")
 
@@ -101,6 +102,7 @@ def read_problems(args: argparse.Namespace) -> list[Problem]:
         question=args.question_field,
         answer=args.answer_field,
         subject=args.subject_field,
+        solution=args.solution_field,
         gold_format=args.gold_format,
     )
     rows = read_rows(args.data, args.split)[: args.limit]
@@ -130,7 +132,7 @@ def run(
     import torch
 
     from padd_ds.evaluation.generate import GenerationOptions
-    from padd_ds.evaluation.perplexity import perplexity
+    from padd_ds.evaluation.perplexity import perplexity, solution_perplexity
     from padd_ds.evaluation.results import table, write_result
     from padd_ds.evaluation.scoring import EvaluationOptions, evaluate_problems
 
@@ -151,8 +153,12 @@ def run(
     if text is not None:
         measured = perplexity(model, tokenizer, text, args.window, args.max_windows)
     result = evaluate_problems(model, tokenizer, problems, options) if problems else None
-    write_result(args.output, _settings(args, template, answer_format, model), result, measured)
-    print(f"{args.model}\n{table(result, measured)}\nwritten to {args.output}")
+    solutions = None
+    if args.solution_field:
+        prompts = [render(template, problem, tokenizer) for problem in problems]
+        solutions = solution_perplexity(model, tokenizer, prompts, [p.solution or "" for p in problems])
+    write_result(args.output, _settings(args, template, answer_format, model), result, measured, solutions)
+    print(f"{args.model}\n{table(result, measured, solutions)}\nwritten to {args.output}")
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:

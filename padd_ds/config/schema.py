@@ -184,6 +184,8 @@ class PolicyConfig:
     """lambda: how strongly a router shift discounts the ratio of a bad response."""
     shift_measure: Literal["absolute", "relative", "selected"] = "absolute"
     """Choice: ||g - g_old||, the same divided by ||g_old||, or |log g - log g_old| over the chosen experts."""
+    normalisation: Literal["response", "token"] = "response"
+    """`response`: the mean over a response's tokens, then over responses (the paper); `token`: over all tokens."""
     weight: NonNegative = 1.0
     """Weight of the policy loss beside the distillation loss."""
 

@@ -3,6 +3,7 @@
 Shapes: N windows, B windows of a batch, T tokens of a window, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from padd_ds.data.batches import text_windows
+from padd_ds.data.batches import supervised_batch, text_windows
 from padd_ds.errors import UserError
+from padd_ds.losses.tokens import cross_entropy_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,28 @@ def perplexity(
     mean = nll_sum / tokens
     value = exp(mean) if mean < 700 else float("inf")
     return Perplexity(value=value, nll_mean_nats=mean, tokens=tokens, windows=ids_NT.shape[0], window=window)
+
+
+@torch.inference_mode()
+def solution_perplexity(
+    model: Any, tokenizer: Any, prompts: Sequence[str], solutions: Sequence[str], batch_size: int = 32
+) -> Perplexity:
+    """Perplexity of worked solutions and their end token, each given its prompt; `window` is the longest row."""
+    nll_sum, tokens, longest = 0.0, 0, 0
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        batch = supervised_batch(prompts[rows], solutions[rows], tokenizer, model.config.max_position_embeddings)
+        ids_BT, mask_BT = batch["input_ids_BT"].to(model.device), batch["attention_mask_BT"].to(model.device)
+        learnt_BT = batch["loss_mask_BT"][:, 1:].bool().to(model.device)
+        logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
+        nll_sum += float(cross_entropy_sum(logits_BTV, ids_BT[:, 1:], learnt_BT))
+        tokens += int(learnt_BT.sum())
+        longest = max(longest, ids_BT.shape[1])
+    if tokens == 0:
+        raise UserError("no solution has a token; check --solution-field")
+    mean = nll_sum / tokens
+    value = exp(mean) if mean < 700 else float("inf")
+    return Perplexity(value=value, nll_mean_nats=mean, tokens=tokens, windows=len(prompts), window=longest)
 
 
 def _nll_sum(model: Any, ids_BT: torch.Tensor) -> float:

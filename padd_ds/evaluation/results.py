@@ -15,12 +15,16 @@ _PACKAGES = ("padd-ds", "torch", "transformers", "math-verify", "latex2sympy2_ex
 
 
 def write_result(
-    path: Path, settings: dict[str, Any], result: EvaluationResult | None, text: Perplexity | None
+    path: Path,
+    settings: dict[str, Any],
+    result: EvaluationResult | None,
+    text: Perplexity | None,
+    solutions: Perplexity | None = None,
 ) -> None:
     """Write headline numbers, settings, versions and every response to `path`, whole or not at all."""
     responses = [] if result is None else [asdict(response) for response in result.responses]
     document = {
-        "headline": headline(result, text),
+        "headline": headline(result, text, solutions),
         "settings": settings,
         "versions": package_versions(),
         "responses": responses,
@@ -28,18 +32,24 @@ def write_result(
     write_text_whole(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def headline(result: EvaluationResult | None, text: Perplexity | None) -> dict[str, Any]:
-    """The numbers that a result is quoted by; `problems` and `perplexity` are None where not measured."""
+def headline(
+    result: EvaluationResult | None, text: Perplexity | None, solutions: Perplexity | None = None
+) -> dict[str, Any]:
+    """The numbers that a result is quoted by: problems, perplexity, solution_perplexity; None if not measured."""
     scores = None if result is None else asdict(result)
     if scores is not None:
         del scores["responses"]
-    measured = None if text is None else asdict(text)
-    if measured is not None and measured["value"] == float("inf"):
-        measured["value"] = "inf"  # JSON has no infinity
-    return {"problems": scores, "perplexity": measured}
+    return {"problems": scores, "perplexity": _plain(text), "solution_perplexity": _plain(solutions)}
 
 
-def table(result: EvaluationResult | None, text: Perplexity | None) -> str:
+def _plain(measured: Perplexity | None) -> dict[str, Any] | None:
+    if measured is None:
+        return None
+    # JSON has no infinity.
+    return asdict(measured) | ({"value": "inf"} if measured.value == float("inf") else {})
+
+
+def table(result: EvaluationResult | None, text: Perplexity | None, solutions: Perplexity | None = None) -> str:
     """The headline as a few lines of text."""
     rows: list[tuple[str, str]] = []
     if result is not None:
@@ -56,6 +66,8 @@ def table(result: EvaluationResult | None, text: Perplexity | None) -> str:
     if text is not None:
         spans = f"{text.tokens} tokens predicted in {text.windows} windows of {text.window}"
         rows.append(("perplexity", f"{text.value:.3f} ({spans})"))
+    if solutions is not None:
+        rows.append(("of solutions", f"perplexity {solutions.value:.3f} ({solutions.tokens} tokens predicted)"))
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
