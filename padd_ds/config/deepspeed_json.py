@@ -26,7 +26,7 @@ TOP_LEVEL_KEYS = frozenset(
     compression_training csv_monitor data_efficiency data_types disable_allgather dump_state elasticity eigenvalue
     expert_parallel flops_profiler fp16 gradient_clipping gradient_predivide_factor memory_breakdown
     prescale_gradients seq_parallel_communication_data_type sparse_gradients tensor_parallel timers torch_autocast
-    use_data_before_expert_parallel_parallelism wall_clock_breakdown zero_allow_untested_optimizer
+    use_data_before_expert_parallelism wall_clock_breakdown zero_allow_untested_optimizer
     zero_force_ds_cpu_optimizer zero_optimization
     """.split()
 )
