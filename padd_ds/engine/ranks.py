@@ -1,6 +1,7 @@
 """The ranks of a run and the few collectives that decisions are made from."""
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ def start_ranks() -> Ranks:
     _adopt_slurm_variables()
     if launched_rank() is None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29501")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if not dist.is_initialized():
         on_gpu = accelerator.device_name() == "cuda"
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
@@ -104,6 +105,13 @@ def together(action: Callable[[], Any], ranks: Ranks) -> Any:
         rank, is_user_error, message = failed[0]
         raise UserError(message) if is_user_error else OtherRankFailed(f"rank {rank} failed: {message}")
     return result
+
+
+def _free_port() -> int:
+    """A port for a run that is alone, so that several can stand on one machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _adopt_slurm_variables() -> None:
