@@ -1,4 +1,7 @@
-"""Loading of Hugging Face folders and hub ids, with errors a user can act on."""
+"""Loading of Hugging Face folders and hub ids, with errors a user can act on, and one way to call a model.
+
+Legend: B rows, L = T + R tokens of prompt and response, R response tokens, V vocabulary.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -71,6 +74,23 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+
+
+def response_logits(model: Any, input_ids_BL: torch.Tensor, mask_BL: torch.Tensor, n_response: int) -> torch.Tensor:
+    """[B, R, V]: logits that predict the last `n_response` tokens; the prompt's are never computed."""
+    logits_BKV = model(
+        input_ids=input_ids_BL,
+        attention_mask=mask_BL,
+        position_ids=position_ids(mask_BL),
+        logits_to_keep=n_response + 1,
+        use_cache=False,
+    ).logits
+    return logits_BKV[:, :-1]
+
+
+def position_ids(mask_BL: torch.Tensor) -> torch.Tensor:
+    """Positions that count real tokens only, as generation counts them behind left padding."""
+    return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def _first_line(error: Exception) -> str:

@@ -143,7 +143,7 @@ DEMOS = {
         note="The teacher (0.4M parameters) is trained from scratch; 50 % of its FFN is active in the student. "
         "Perplexity: of the test problems' worked solutions.",
         make_teacher=[
-            [*TINY_TEACHER, "--minutes", "1.4"],
+            [*TINY_TEACHER, "--steps", "1800"],
         ],
         write_texts=worked_texts,
         convert=TINY_CONVERSION,

@@ -1,6 +1,6 @@
 """Batches of token ids as pure functions of their inputs.
 
-Shapes: B rows of a batch, T tokens of the longest row, N windows.
+Shapes: B rows of a batch, T tokens of the longest row, R tokens of the longest target, N windows.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,14 @@ from padd_ds.errors import UserError
 
 
 class SupervisedBatch(TypedDict):
-    """Prompts followed by targets, padded on the right."""
+    """Prompts followed by targets, padded on the left, so that all targets end in the last column."""
 
     input_ids_BT: torch.Tensor
     attention_mask_BT: torch.Tensor
-    loss_mask_BT: torch.Tensor
-    """1 where the token itself is to be predicted (target tokens and the end token), else 0; int64."""
+    target_ids_BR: torch.Tensor
+    """The last R columns of input_ids_BT."""
+    target_mask_BR: torch.Tensor
+    """True on tokens to be predicted: the target's and its end token; bool."""
     truncated: int
     """Rows cut at `max_length`."""
 
@@ -52,19 +54,24 @@ def supervised_batch(
     """Token ids of prompt + target + end token per row, cut on the right at `max_length` tokens.
 
     `prompts` are complete texts (see `prompts.render`). A row whose prompt fills `max_length` has no
-    token to learn; its loss mask is all 0.
+    token to learn; its target mask is all False. UserError when a prompt has no token: nothing would
+    predict the target's first.
     """
-    rows, learnt, truncated = [], [], 0
+    rows, n_targets, truncated = [], [], 0
     for prompt, target in zip(prompts, targets, strict=True):
         prompt_ids, target_ids = _ids(prompt, tokenizer), [*_ids(target, tokenizer), tokenizer.eos_token_id]
+        if not prompt_ids:
+            raise UserError("a prompt has no token; write some text around {question} in data.template")
         truncated += len(prompt_ids) + len(target_ids) > max_length
         rows.append((prompt_ids + target_ids)[:max_length])
-        learnt.append(([0] * len(prompt_ids) + [1] * len(target_ids))[:max_length])
-    width = max(map(len, rows))
+        n_targets.append(max(len(rows[-1]) - len(prompt_ids), 0))
+    input_ids_BT, attention_mask_BT = _padded_left(rows, tokenizer)
+    n_target = max(1, *n_targets)
     return SupervisedBatch(
-        input_ids_BT=torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows]),
-        attention_mask_BT=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-        loss_mask_BT=torch.tensor([mask + [0] * (width - len(mask)) for mask in learnt]),
+        input_ids_BT=input_ids_BT,
+        attention_mask_BT=attention_mask_BT,
+        target_ids_BR=input_ids_BT[:, -n_target:],
+        target_mask_BR=torch.arange(n_target) >= n_target - torch.tensor(n_targets)[:, None],
         truncated=truncated,
     )
 
@@ -72,11 +79,10 @@ def supervised_batch(
 def prompt_batch(prompts: Sequence[str], tokenizer: Any, max_prompt_length: int) -> PromptBatch:
     """Token ids of complete prompt texts, the last `max_prompt_length` tokens of each."""
     whole = [_ids(prompt, tokenizer) for prompt in prompts]
-    rows = [ids[-max_prompt_length:] for ids in whole]
-    width = max(map(len, rows))
+    input_ids_BT, attention_mask_BT = _padded_left([ids[-max_prompt_length:] for ids in whole], tokenizer)
     return PromptBatch(
-        input_ids_BT=torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]),
-        attention_mask_BT=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+        input_ids_BT=input_ids_BT,
+        attention_mask_BT=attention_mask_BT,
         truncated=sum(len(ids) > max_prompt_length for ids in whole),
     )
 
@@ -96,3 +102,11 @@ def text_windows(text: str, tokenizer: Any, length: int, count: int | None = Non
 
 def _ids(text: str, tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _padded_left(rows: Sequence[list[int]], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both [B, T] int64."""
+    width = max(map(len, rows))
+    ids_BT = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids_BT, mask_BT

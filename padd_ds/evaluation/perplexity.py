@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from padd_ds.data.batches import supervised_batch, text_windows
 from padd_ds.errors import UserError
+from padd_ds.hf import response_logits
 from padd_ds.losses.tokens import cross_entropy_sum
 
 
@@ -63,10 +64,10 @@ def solution_perplexity(
         rows = slice(start, start + batch_size)
         batch = supervised_batch(prompts[rows], solutions[rows], tokenizer, model.config.max_position_embeddings)
         ids_BT, mask_BT = batch["input_ids_BT"].to(model.device), batch["attention_mask_BT"].to(model.device)
-        learnt_BT = batch["loss_mask_BT"][:, 1:].bool().to(model.device)
-        logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
-        nll_sum += float(cross_entropy_sum(logits_BTV, ids_BT[:, 1:], learnt_BT))
-        tokens += int(learnt_BT.sum())
+        target_ids_BR, target_mask_BR = (batch[name].to(model.device) for name in ("target_ids_BR", "target_mask_BR"))
+        logits_BRV = response_logits(model, ids_BT, mask_BT, target_ids_BR.shape[1])
+        nll_sum += float(cross_entropy_sum(logits_BRV, target_ids_BR, target_mask_BR))
+        tokens += int(target_mask_BR.sum())
         longest = max(longest, ids_BT.shape[1])
     if tokens == 0:
         raise UserError("no solution has a token; check --solution-field")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from padd_ds.config.schema import RunConfig
-from padd_ds.engine.forward import response_logits
 from padd_ds.engine.ranks import any_rank, sum_over_ranks
 from padd_ds.engine.student import Student
+from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import distillation_sum, distillation_temperature
 from padd_ds.losses.policy import POLICY_LOSSES, PolicyOptions, PolicyTerms, loss_count
 from padd_ds.losses.tokens import global_mean, token_logprobs

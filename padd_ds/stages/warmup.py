@@ -1,6 +1,7 @@
 """Stage I b: the experts learn from text, from the teacher and from the clusters; the router stays frozen.
 
-Legend: B sequences, T tokens, S tokens of a layer, E experts, F expert width, D model width, V vocabulary.
+Legend: B sequences, T tokens, R tokens of the longest target, S tokens of a layer, E experts, F expert width,
+D model width, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import render
 from padd_ds.engine.ranks import any_rank, gather_over_group, sum_over_ranks
 from padd_ds.engine.student import Student
+from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import distillation_sum
 from padd_ds.losses.prior import expert_activation_sums, expert_prior
 from padd_ds.losses.tokens import cross_entropy_sum, global_mean
@@ -53,7 +55,7 @@ class WarmupStage:
         config, student = self.config, self.student
         student.engine.train()
         micro_batches = self._micro_batches(step)
-        n_tokens = sum_over_ranks(torch.stack([_learnt(batch).sum() for batch in micro_batches]).sum())
+        n_tokens = sum_over_ranks(torch.stack([batch["target_mask_BR"].sum() for batch in micro_batches]).sum())
         sums, statistics, finite = MetricSums(), RoutingStatistics.start(student), True
         for index, batch in enumerate(micro_batches):
             student.control.seed = derive_seed(config.seed, step, student.ranks.rank, index)
@@ -96,23 +98,21 @@ class WarmupStage:
         statistics: RoutingStatistics,
     ) -> torch.Tensor:
         options, student, world = self.config.warmup, self.student, self.student.ranks.world
-        ids_BT, mask_BT, learnt_BT = batch["input_ids_BT"], batch["attention_mask_BT"], _learnt(batch)
+        mask_BT, target_mask_BR = batch["attention_mask_BT"], batch["target_mask_BR"]
         with student.recording(inputs=options.init_weight > 0) as record:
-            logits_BTV = student.engine(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-        # Position t predicts token t + 1; the last column predicts nothing and is masked out.
-        next_BT = ids_BT.roll(-1, dims=1)
-        lm_sum = cross_entropy_sum(logits_BTV, next_BT, learnt_BT)
+            logits_BRV = _target_logits(student.engine, batch)
+        lm_sum = cross_entropy_sum(logits_BRV, batch["target_ids_BR"], target_mask_BR)
         kd_sum = init = torch.zeros((), device=student.ranks.device)
         if options.kd_weight > 0:
-            kd_sum = self._kd_sum(batch, logits_BTV, learnt_BT)
+            kd_sum = self._kd_sum(batch, logits_BRV)
         if options.init_weight > 0:
             init = self._init_loss(record, mask_BT)
         statistics.add(record, mask_BT)
-        n_learnt = learnt_BT.sum()
+        n_learnt = target_mask_BR.sum()
         sums.add("loss_lm", lm_sum, n_learnt)
         sums.add("loss_kd", kd_sum, n_learnt)
         sums.add("loss_init", init)
-        sums.add("targets_truncated", batch["truncated"], len(ids_BT))
+        sums.add("targets_truncated", batch["truncated"], len(mask_BT))
         return warmup_loss(
             global_mean(lm_sum, n_tokens, world),
             global_mean(kd_sum, n_tokens, world),
@@ -122,15 +122,13 @@ class WarmupStage:
             options.init_weight,
         )
 
-    def _kd_sum(self, batch: SupervisedBatch, logits_BTV: torch.Tensor, learnt_BT: torch.Tensor) -> torch.Tensor:
+    def _kd_sum(self, batch: SupervisedBatch, logits_BRV: torch.Tensor) -> torch.Tensor:
         """Choice: L_KD compares next-token distributions, the teacher first, on the target's tokens."""
         with torch.no_grad():
-            teacher_BTV = self.teacher(
-                input_ids=batch["input_ids_BT"], attention_mask=batch["attention_mask_BT"], use_cache=False
-            ).logits
-        plain_B = torch.ones(len(logits_BTV), device=logits_BTV.device)
+            teacher_BRV = _target_logits(self.teacher, batch)
+        plain_B = torch.ones(len(logits_BRV), device=logits_BRV.device)
         top_k = self.config.warmup.teacher_top_k
-        return distillation_sum(logits_BTV, teacher_BTV, learnt_BT, plain_B, teacher_top_k=top_k)
+        return distillation_sum(logits_BRV, teacher_BRV, batch["target_mask_BR"], plain_B, teacher_top_k=top_k)
 
     def _init_loss(self, record: RoutingRecord, mask_BT: torch.Tensor) -> torch.Tensor:
         """L_init averaged over layers (Choice, so that beta means the same at any depth)."""
@@ -168,8 +166,6 @@ def _sample_tokens(mask_S: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     return real_S[torch.randint(len(real_S), (count,), generator=generator, device=mask_S.device)]
 
 
-def _learnt(batch: SupervisedBatch) -> torch.Tensor:
-    """[B, T] bool: positions whose next token is to be learnt."""
-    learnt_BT = batch["loss_mask_BT"].roll(-1, dims=1).bool()
-    learnt_BT[:, -1] = False
-    return learnt_BT
+def _target_logits(model: Any, batch: SupervisedBatch) -> torch.Tensor:
+    """[B, R, V]: logits that predict the targets."""
+    return response_logits(model, batch["input_ids_BT"], batch["attention_mask_BT"], batch["target_ids_BR"].shape[1])

@@ -21,21 +21,32 @@ def test_batches_depend_on_nothing_but_the_arguments():
     assert batch_indices(0, 100, 100, seed=3) != batch_indices(1, 100, 100, seed=3)
 
 
-def test_loss_mask_covers_the_target_and_its_end_token_only():
+def test_target_mask_covers_the_target_and_its_end_token_only():
     tokenizer = character_tokenizer()
     batch = supervised_batch(["ab", "a"], ["c", "cde"], tokenizer, max_length=20)
-    assert batch["attention_mask_BT"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert batch["loss_mask_BT"].tolist() == [[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]]
-    learnt = [ids[mask.bool()] for ids, mask in zip(batch["input_ids_BT"], batch["loss_mask_BT"], strict=True)]
+    assert batch["attention_mask_BT"].tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert batch["target_mask_BR"].tolist() == [[False, False, True, True], [True, True, True, True]]
+    learnt = [ids[mask] for ids, mask in zip(batch["target_ids_BR"], batch["target_mask_BR"], strict=True)]
     assert [tokenizer.decode(ids) for ids in learnt] == ["c<eos>", "cde<eos>"]
+    assert torch.equal(batch["target_ids_BR"], batch["input_ids_BT"][:, 1:])
     assert batch["truncated"] == 0
 
 
 def test_long_rows_are_cut_and_counted():
     batch = supervised_batch(["ab", "abcdef", "a"], ["cdef", "g", "b"], character_tokenizer(), max_length=4)
     assert batch["input_ids_BT"].shape == (3, 4)
-    assert batch["loss_mask_BT"].tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]]
+    assert batch["target_mask_BR"].tolist() == [[True, True], [False, False], [True, True]]
     assert batch["truncated"] == 2
+
+
+def test_batch_without_room_for_any_target_learns_nothing():
+    batch = supervised_batch(["abcd", "efgh"], ["i", "j"], character_tokenizer(), max_length=4)
+    assert batch["target_mask_BR"].tolist() == [[False], [False]]
+
+
+def test_prompt_without_a_token_is_refused():
+    with pytest.raises(UserError, match=r"data\.template"):
+        supervised_batch(["ab", ""], ["c", "d"], character_tokenizer(), max_length=4)
 
 
 def test_supervised_row_of_exactly_the_limit_is_not_cut():

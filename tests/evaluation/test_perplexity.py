@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from padd_ds.errors import UserError
-from padd_ds.evaluation.perplexity import perplexity
+from padd_ds.evaluation.perplexity import perplexity, solution_perplexity
 from tests.data.characters import VOCABULARY, character_tokenizer
 from tests.tiny import tiny_student
 
@@ -48,3 +48,18 @@ def test_bad_windows_are_refused(model):
         perplexity(model, character_tokenizer(), TEXT, window=1)
     with pytest.raises(UserError, match="less than one window of 1000"):
         perplexity(model, character_tokenizer(), TEXT, window=1000)
+
+
+def test_solutions_are_scored_as_if_each_stood_alone(model):
+    tokenizer = character_tokenizer()
+    prompts, solutions = ["2+2=", "a long question?"], ["4", "a long answer"]
+    nlls = []
+    for prompt, solution in zip(prompts, solutions, strict=True):
+        start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        ids = [*tokenizer(prompt + solution, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logprobs_TV = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        nlls += [-logprobs_TV[place - 1, ids[place]].item() for place in range(start, len(ids))]
+    measured = solution_perplexity(model, tokenizer, prompts, solutions)
+    assert measured.tokens == len(nlls) == len("4") + len("a long answer") + 2
+    assert measured.nll_mean_nats == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)

@@ -11,6 +11,7 @@ from padd_ds.engine.ranks import Ranks
 from padd_ds.losses.prior import expert_prior
 from padd_ds.stages.warmup import WarmupStage, is_trained, student_activity
 from tests.ranks import run_ranks
+from tests.tiny import tiny_student
 from tests.world import deepspeed_tree, joint_config, make_student, problems
 from tools.tiny_model import make_tiny_model, make_tokenizer
 
@@ -75,6 +76,30 @@ def test_only_experts_move_under_every_routing_and_ranks_report_the_same() -> No
         losses = [metrics["loss_lm"] for metrics in result["metrics"]]
         assert losses[-1] < losses[0], routing
         assert all(metrics["loss_init"] > 0 and metrics["loss_kd"] > 0 for metrics in result["metrics"])
+
+
+def first_losses(ranks: Ranks) -> dict[str, float]:
+    return dict(make_warmup(ranks, warmup_config(routing="routed")).step(0).metrics)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_losses_equal_a_loop_over_unpadded_problems() -> None:
+    tokenizer, teacher = make_tokenizer(), make_tiny_model().eval()
+    student = tiny_student(vocabulary=len(tokenizer))
+    cross_entropies, divergences = [], []
+    for problem in problems():
+        start = len(tokenizer(problem.question, add_special_tokens=False).input_ids)
+        text = f"{problem.question}{problem.solution}"
+        ids = torch.tensor([[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            log_q_RV = student(ids).logits[0, start - 1 : -1].log_softmax(-1)
+            log_p_RV = teacher(ids).logits[0, start - 1 : -1].log_softmax(-1)
+        cross_entropies += (-log_q_RV.gather(-1, ids[0, start:, None])).flatten().tolist()
+        divergences += (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(-1).tolist()
+    for metrics in run_ranks(first_losses, 2):
+        assert metrics["loss_lm"] == pytest.approx(sum(cross_entropies) / len(cross_entropies), rel=1e-5)
+        assert metrics["loss_kd"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-5)
 
 
 def init_alone(ranks: Ranks) -> list[float]:
