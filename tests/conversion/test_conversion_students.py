@@ -101,7 +101,8 @@ def test_lower_precision_student_passes_its_check(
 ) -> None:
     report = convert(options(llama_teacher, tmp_path / "student", calibration_file, dtype=dtype))
     assert report.exactness.largest_error <= 1e-5
-    assert report.exactness.teacher_rounding_error is not None
+    assert report.exactness.student_rounding_error is not None
+    assert 0 < report.exactness.student_rounding_error <= report.exactness.teacher_rounding_error
     with safe_open(tmp_path / "student/model-00001-of-00001.safetensors", "pt") as file:
         assert file.get_tensor("lm_head.weight").dtype == getattr(torch, dtype)
         assert file.get_tensor("model.layers.0.mlp.gate.e_score_correction_bias").dtype == torch.float32

@@ -165,6 +165,21 @@ def test_wrong_student_names_the_first_differing_layer(
     assert "first differs from its teacher at layer 1" in refused()
 
 
+def test_student_that_is_right_in_fp32_only(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    load = exactness.load_fully_active
+
+    def coarse(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output if output.dtype == torch.float32 else output * 1.1
+
+    def spoiled(*args: Any) -> Any:
+        model = load(*args)
+        model.lm_head.register_forward_hook(coarse)
+        return model
+
+    monkeypatch.setattr(exactness, "load_fully_active", spoiled)
+    assert "in torch.bfloat16 the student's logits are off its teacher's by" in refused(dtype="bfloat16")
+
+
 def test_device_that_is_not_there(refused: Callable[..., str]) -> None:
     assert "--device nonsense is not usable here" in refused(device="nonsense")
 
