@@ -62,7 +62,7 @@ class Student:
 
     @contextmanager
     def routing(self, mode: RoutingMode, *, noise: float = 0.0) -> Iterator[None]:
-        """Route by `mode` inside the block."""
+        """Route by `mode` inside the block; `backward` belongs into it, as activation checkpointing routes again."""
         before = (self.control.mode, self.control.noise)
         self._set_routing(mode, noise)
         try:
@@ -102,6 +102,8 @@ def build_student(
 
     `total_steps` counts optimiser steps, for the learning rate's schedule.
     """
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable(name))
     selection_biases = _selection_biases(model)

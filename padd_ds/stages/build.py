@@ -111,8 +111,6 @@ def _targets(config: RunConfig, student_config: Any) -> ConversionTargets | None
 def _student(inputs: Inputs, ranks: Ranks) -> Student:
     config = inputs.config
     model = load_causal_lm(config.model.student, inputs.dtype, trust_remote_code=config.model.trust_remote_code)
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def trainable(name: str) -> bool:
         if config.stage == "warmup":

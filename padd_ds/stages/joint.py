@@ -78,11 +78,12 @@ class JointStage:
         rollout = self.collector.collect(step)
         collected_s = time.perf_counter()
         self.student.engine.train()
-        updates = self._score(rollout.batch, step)
-        scored_s = time.perf_counter()
         sums, statistics = MetricSums(), RoutingStatistics.start(self.student)
-        for micro_batches in updates:
-            self._update(micro_batches, step, sums, statistics)
+        with self.student.routing("routed", noise=self.config.routing.noise):
+            updates = self._score(rollout.batch, step)
+            scored_s = time.perf_counter()
+            for micro_batches in updates:
+                self._update(micro_batches, step, sums, statistics)
         updated_s = time.perf_counter()
         for name, (total, count) in rollout.metrics.items():
             sums.add(name, total, count)
@@ -138,10 +139,7 @@ class JointStage:
         The seed makes routing noise the same before and after an update, so that it is no part of the ratio.
         """
         self.student.control.seed = routing_seed
-        with (
-            self.student.routing("routed", noise=self.config.routing.noise),
-            self.student.recording() as record,
-        ):
+        with self.student.recording() as record:
             logits_BRV = response_logits(
                 self.student.engine,
                 batch.input_ids_BL,

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from padd_ds.config.schema import RoutingConfig
 from padd_ds.engine.ranks import Ranks
 from tests.ranks import run_ranks
 from tests.world import FixedChecker, joint_config, make_joint_stage
@@ -33,3 +34,17 @@ def test_a_step_trains_and_gives_every_rank_the_same_bias() -> None:
         assert {name: mine[name] for name in shared} == {name: other[name] for name in shared}
     assert first["metrics"][0]["ratio_deviation"] > 0
     assert first["metrics"][0]["router_shift"] > 0
+
+
+def weights_after(ranks: Ranks, activation_checkpointing: bool) -> dict[str, torch.Tensor]:
+    config = joint_config(activation_checkpointing=activation_checkpointing, routing=RoutingConfig(noise=1.0))
+    stage = make_joint_stage(ranks, config, 2, FixedChecker(lambda text, gold: len(text) % 2 == 0))
+    stage.step(0)
+    return {name: parameter.detach() for name, parameter in stage.student.model.named_parameters()}
+
+
+def test_activation_checkpointing_routes_again_as_it_did_the_first_time() -> None:
+    plain, checkpointed = (run_ranks(weights_after, 2, checkpointing)[0] for checkpointing in (False, True))
+    assert plain.keys() == checkpointed.keys()
+    for name, weights in plain.items():
+        torch.testing.assert_close(checkpointed[name], weights, rtol=1e-5, atol=1e-7, msg=name)
