@@ -1,6 +1,7 @@
 """padd-eval: Pass@1 on checkable problems, and perplexity on a text, of any causal language model folder."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--device", help="such as cpu or cuda:1 (default: an accelerator if there is one)")
     run.add_argument("--check-workers", type=int, default=1, help="answer checking processes")
     run.add_argument("--check-timeout", type=float, default=5.0, metavar="SECONDS", help="for one answer")
-    run.add_argument("--seed", type=int, default=0, help="of torch; greedy decoding itself draws nothing")
+    run.add_argument("--seed", type=int, default=0, help="of what --samples draws")
     return parser.parse_args(argv)
 
 
@@ -62,6 +63,11 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--answer-format", choices=ANSWER_FORMATS, default="auto", help="default: %(default)s")
     prompts.add_argument("--pattern", metavar="REGEX", help="one group, whose last match is the answer")
     prompts.add_argument("--max-new-tokens", type=int, default=512, help="per response (default %(default)s)")
+    prompts.add_argument(
+        "--samples", type=int, metavar="N", help="beside the greedy response, draw N and report their mean (Avg@N)"
+    )
+    prompts.add_argument("--temperature", type=float, default=1.0, help="of --samples (default %(default)s)")
+    prompts.add_argument("--top-p", type=float, default=1.0, help="of --samples (default %(default)s)")
     prompts.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer")
 
 
@@ -84,12 +90,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("nothing to evaluate; give --benchmark, --data or --perplexity")
     if args.data_dir and not args.benchmark:
         raise UserError("--data-dir goes with --benchmark; a file of your own is named by --data")
+    if args.samples and not (args.benchmark or args.data):
+        raise UserError("--samples goes with --benchmark or --data")
     if args.chat and not args.template:
         raise UserError("--chat goes with --template")
-    for name in ("limit", "max_windows", "window", "batch_size", "max_new_tokens", "check_workers"):
+    for name in ("limit", "max_windows", "window", "batch_size", "max_new_tokens", "check_workers", "samples"):
         value, least = getattr(args, name), 2 if name == "window" else 1
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if args.temperature <= 0:
+        raise UserError(f"--temperature {args.temperature} must be above 0; the greedy response is always made")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
 
 
 def read_problems(args: argparse.Namespace) -> list[Problem]:
@@ -133,7 +145,7 @@ def run(
 
     from padd_ds.evaluation.generate import GenerationOptions
     from padd_ds.evaluation.perplexity import perplexity, solution_perplexity
-    from padd_ds.evaluation.results import table, write_result
+    from padd_ds.evaluation.results import Measured, table, write_result
     from padd_ds.evaluation.scoring import EvaluationOptions, evaluate_problems
 
     torch.manual_seed(args.seed)
@@ -149,16 +161,21 @@ def run(
         check_workers=args.check_workers,
         check_timeout_s=args.check_timeout,
     )
-    measured = None
+    measured = Measured()
     if text is not None:
-        measured = perplexity(model, tokenizer, text, args.window, args.max_windows)
-    result = evaluate_problems(model, tokenizer, problems, options) if problems else None
-    solutions = None
+        measured.perplexity = perplexity(model, tokenizer, text, args.window, args.max_windows)
+    if problems:
+        measured.problems = evaluate_problems(model, tokenizer, problems, options)
+    if problems and args.samples:
+        drawn = replace(generation, temperature=args.temperature, top_p=args.top_p)
+        sampling = replace(options, generation=drawn, samples=args.samples)
+        measured.samples = evaluate_problems(model, tokenizer, problems, sampling)
     if args.solution_field:
         prompts = [render(template, problem, tokenizer) for problem in problems]
-        solutions = solution_perplexity(model, tokenizer, prompts, [p.solution or "" for p in problems])
-    write_result(args.output, _settings(args, template, answer_format, model), result, measured, solutions)
-    print(f"{args.model}\n{table(result, measured, solutions)}\nwritten to {args.output}")
+        solutions = [problem.solution or "" for problem in problems]
+        measured.solution_perplexity = solution_perplexity(model, tokenizer, prompts, solutions)
+    write_result(args.output, _settings(args, template, answer_format, model), measured)
+    print(f"{args.model}\n{table(measured)}\nwritten to {args.output}")
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:

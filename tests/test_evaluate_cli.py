@@ -77,6 +77,18 @@ def test_problems_and_text_are_measured_and_written(model, files, capsys):
     assert "60 tokens predicted in 4 windows of 16" in shown
 
 
+def test_samples_stand_beside_the_greedy_response(model, files, capsys):
+    options = ["--limit", "2", "--answer-format", "last_number", "--samples", "3", "--temperature", "2"]
+    evaluate.main(arguments(model, files, *options))
+    result = json.loads((files / "out.json").read_text())
+    samples, sampled = result["headline"]["samples"], result["sampled_responses"]
+    assert (samples["problems"], samples["samples"]) == (2, 3)
+    assert [row["question"] for row in sampled] == ["0 + 1"] * 3 + ["1 + 1"] * 3
+    assert len({row["response"] for row in sampled}) > 1
+    assert result["headline"]["problems"]["samples"] == 1 and len(result["responses"]) == 2
+    assert "mean of 3" in capsys.readouterr().out
+
+
 def test_perplexity_alone_needs_no_problems(model, files):
     output = files / "text.json"
     command = ["--model", str(model), "--perplexity", str(files / "text.txt"), "--window", "16"]
@@ -123,6 +135,9 @@ def test_benchmark_is_read_from_a_folder(model, files):
         (["--pattern", "("], "not a regular expression"),
         (["--template", "none"], r"lacks \{question\}"),
         (["--limit", "0"], "--limit 0 must be at least 1"),
+        (["--samples", "0"], "--samples 0 must be at least 1"),
+        (["--samples", "2", "--temperature", "0"], "--temperature 0.0 must be above 0"),
+        (["--samples", "2", "--top-p", "2"], "--top-p 2.0 must be above 0 and at most 1"),
         (["--device", "warp"], "--device warp cannot be used"),
         (["--model", "{files}/none"], "no such folder"),
         (["--max-new-tokens", "4000"], "positions"),
@@ -152,3 +167,6 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_torch_is_loaded(files):
 def test_nothing_to_evaluate_is_refused(model, files):
     with pytest.raises(UserError, match="give --benchmark, --data or --perplexity"):
         evaluate.main(["--model", str(model), "--output", str(files / "out.json")])
+    text = ["--perplexity", str(files / "text.txt")]
+    with pytest.raises(UserError, match="--samples goes with"):
+        evaluate.main(["--model", str(model), "--output", str(files / "out.json"), *text, "--samples", "2"])

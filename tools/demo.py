@@ -50,16 +50,8 @@ class Demo:
 
 
 TINY_EVALUATION = ["--pattern", r"#(-?\d+)$", "--answer-format", "pattern", "--template", "plain"]
-TINY_EVALUATION += [
-    "--subject-field",
-    "subject",
-    "--max-new-tokens",
-    "48",
-    "--batch-size",
-    "128",
-    "--solution-field",
-    "solution",
-]
+TINY_EVALUATION += ["--subject-field", "subject", "--solution-field", "solution"]
+TINY_EVALUATION += ["--max-new-tokens", "48", "--batch-size", "128", "--samples", "4"]
 TINY_CONVERSION = ["--experts", "16", "--shared-experts", "2", "--top-k", "6"]
 TINY_CONVERSION += ["--calibration-field", "question,solution", "--calibration", "{out}/data/calibration.jsonl"]
 
@@ -118,12 +110,13 @@ MAKE_PROBLEMS = ["tools/make_problems.py", *SUM_TASKS, "--question", "{expressio
 SMOLLM2_EVALUATION = ["--template", "Calculate {question} = ? Reply with the result only.", "--chat"]
 SMOLLM2_EVALUATION += ["--answer-format", "last_number", "--max-new-tokens", "16", "--subject-field", "subject"]
 SMOLLM2_EVALUATION += ["--batch-size", "50", "--perplexity", "{out}/data/text.txt", "--max-windows", "16"]
+SMOLLM2_EVALUATION += ["--samples", "2"]
 
 DEMOS = {
     "smollm2": Demo(
         title="PADD demo: SmolLM2-135M-Instruct (dequantised) and its mixture-of-experts student",
         note="16 slices per layer, 4 always on, 8 of 12 routed: 75 % of the feed-forward part is active. Perplexity: "
-        "16 windows of 256 tokens of Python's language reference.",
+        "16 windows of 256 tokens of Python's language reference. Sampled: mean of 2 responses at temperature 1.",
         make_teacher=[
             ["tools/smollm2.py", "--output", "{out}/teacher"],
             [*MAKE_PROBLEMS, "--count", "100", "--output", "{out}/data/test.jsonl"],
@@ -141,7 +134,7 @@ DEMOS = {
     "tiny": Demo(
         title="PADD demo: a toy teacher, seven kinds of arithmetic",
         note="The teacher (0.4M parameters) is trained from scratch; 50 % of its FFN is active in the student. "
-        "Perplexity: of the test problems' worked solutions.",
+        "Perplexity: of the test problems' worked solutions. Sampled: mean of 4 responses at temperature 1.",
         make_teacher=[
             [*TINY_TEACHER, "--steps", "1800"],
         ],
@@ -282,6 +275,7 @@ def _row(name: str, output: Path, conversion: dict[str, Any]) -> Any:
         pass_at_1=headline["problems"]["pass_at_1"],
         pass_at_1_low=low,
         pass_at_1_high=high,
+        sampled=headline["samples"]["pass_at_1"],
         questions=headline["problems"]["problems"],
         active_parameters=costs["active_parameters"],
         total_parameters=costs["total_parameters"],

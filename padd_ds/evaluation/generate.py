@@ -1,4 +1,4 @@
-"""Greedy responses to many prompts."""
+"""Responses to many prompts, greedy or sampled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,24 +15,31 @@ from padd_ds.hf import end_token_ids
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How far, and how many at once."""
+    """How responses are made, how far, and how many at once."""
 
     max_new_tokens: int = 512
     batch_size: int = 32
     stop: tuple[str, ...] = ()
     """Texts that end a response, beside the end token; they are cut off."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; above it, tokens are drawn by torch's global generator."""
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         for key in ("max_new_tokens", "batch_size"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} {getattr(self, key)} must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"temperature {self.temperature} must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
         if not all(self.stop):
             raise UserError("a stop text must not be empty")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """One greedy response."""
+    """One response."""
 
     text: str
     tokens: int
@@ -41,16 +48,19 @@ class Response:
     """Ended by the end token or a stop text, not by `max_new_tokens`."""
 
 
-def greedy_responses(model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions) -> list[Response]:
+def generate_responses(
+    model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions
+) -> list[Response]:
     """One response per complete prompt text, in the order of `prompts`; progress on standard error.
 
-    Batches take prompts of like length, the longest first, so that memory runs out early or never.
+    Batches take prompts of like length, the longest first, so that memory runs out early or never. What is
+    sampled depends on the batch size too, what is greedy does not.
     """
     lengths = [len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
     _check_lengths(lengths, model, options)
     order = sorted(range(len(prompts)), key=lambda row: -lengths[row])
     responses: dict[int, Response] = {}
-    with tqdm(total=len(prompts), desc="responses", unit="problem", dynamic_ncols=True) as progress:
+    with tqdm(total=len(prompts), desc="responses", unit="response", dynamic_ncols=True) as progress:
         for start in range(0, len(order), options.batch_size):
             rows = order[start : start + options.batch_size]
             batch = _generate(model, tokenizer, [prompts[row] for row in rows], options)
@@ -63,9 +73,13 @@ def greedy_responses(model: Any, tokenizer: Any, prompts: Sequence[str], options
 def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions) -> list[Response]:
     batch = prompt_batch(prompts, tokenizer, max_prompt_length=2**31)
     end_ids = end_token_ids(model, tokenizer)
-    # A config of its own: a checkpoint's sampling settings are not to leak into greedy decoding.
+    sampled = options.temperature > 0
+    # A config of its own: a checkpoint's sampling settings are not to leak in.
     config = GenerationConfig(
-        do_sample=False,
+        do_sample=sampled,
+        temperature=options.temperature if sampled else None,
+        top_p=options.top_p if sampled else None,
+        top_k=0 if sampled else None,
         num_beams=1,
         max_new_tokens=options.max_new_tokens,
         eos_token_id=end_ids,
@@ -104,7 +118,6 @@ def _tokens_until_stop(ids: list[int], tokenizer: Any, stop: Sequence[str]) -> i
 
 def _check_lengths(lengths: Sequence[int], model: Any, options: GenerationOptions) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(lengths, default=0)
     longest = max(lengths, default=0)
     if lengths and min(lengths) == 0:
         raise UserError("a prompt has no tokens; choose a template that adds some text")

@@ -1,6 +1,8 @@
 """Confidence intervals of shares."""
 
+from collections.abc import Sequence
 from math import sqrt
+from statistics import fmean, stdev
 
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -18,3 +20,11 @@ def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == trials else min(1.0, centre + half)
     return low, high
+
+
+def mean_interval(shares: Sequence[float], z: float = Z_95) -> tuple[float, float]:
+    """The normal interval of the mean of shares, one per problem, within [0, 1]; (0, 1) below two problems."""
+    if len(shares) < 2:
+        return 0.0, 1.0
+    mean, half = fmean(shares), z * stdev(shares) / sqrt(len(shares))
+    return max(0.0, mean - half), min(1.0, mean + half)

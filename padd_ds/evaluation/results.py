@@ -2,7 +2,7 @@
 
 import json
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,32 +14,46 @@ from padd_ds.files import write_text_whole
 _PACKAGES = ("padd-ds", "torch", "transformers", "math-verify", "latex2sympy2_extended", "sympy")
 
 
-def write_result(
-    path: Path,
-    settings: dict[str, Any],
-    result: EvaluationResult | None,
-    text: Perplexity | None,
-    solutions: Perplexity | None = None,
-) -> None:
+@dataclass(kw_only=True)
+class Measured:
+    """What one evaluation measured; None where it was not asked for."""
+
+    problems: EvaluationResult | None = None
+    """Of greedy responses."""
+    samples: EvaluationResult | None = None
+    """Of sampled responses."""
+    perplexity: Perplexity | None = None
+    solution_perplexity: Perplexity | None = None
+
+
+def write_result(path: Path, settings: dict[str, Any], measured: Measured) -> None:
     """Write headline numbers, settings, versions and every response to `path`, whole or not at all."""
-    responses = [] if result is None else [asdict(response) for response in result.responses]
     document = {
-        "headline": headline(result, text, solutions),
+        "headline": headline(measured),
         "settings": settings,
         "versions": package_versions(),
-        "responses": responses,
+        "responses": _responses(measured.problems),
+        "sampled_responses": _responses(measured.samples),
     }
     write_text_whole(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def headline(
-    result: EvaluationResult | None, text: Perplexity | None, solutions: Perplexity | None = None
-) -> dict[str, Any]:
-    """The numbers that a result is quoted by: problems, perplexity, solution_perplexity; None if not measured."""
-    scores = None if result is None else asdict(result)
-    if scores is not None:
-        del scores["responses"]
-    return {"problems": scores, "perplexity": _plain(text), "solution_perplexity": _plain(solutions)}
+def headline(measured: Measured) -> dict[str, Any]:
+    """The numbers that a result is quoted by, under the names of `Measured`."""
+    return {
+        "problems": _scores(measured.problems),
+        "samples": _scores(measured.samples),
+        "perplexity": _plain(measured.perplexity),
+        "solution_perplexity": _plain(measured.solution_perplexity),
+    }
+
+
+def _responses(result: EvaluationResult | None) -> list[dict[str, Any]]:
+    return [] if result is None else [asdict(response) for response in result.responses]
+
+
+def _scores(result: EvaluationResult | None) -> dict[str, Any] | None:
+    return None if result is None else {key: value for key, value in asdict(result).items() if key != "responses"}
 
 
 def _plain(measured: Perplexity | None) -> dict[str, Any] | None:
@@ -49,27 +63,34 @@ def _plain(measured: Perplexity | None) -> dict[str, Any] | None:
     return asdict(measured) | ({"value": "inf"} if measured.value == float("inf") else {})
 
 
-def table(result: EvaluationResult | None, text: Perplexity | None, solutions: Perplexity | None = None) -> str:
+def table(measured: Measured) -> str:
     """The headline as a few lines of text."""
     rows: list[tuple[str, str]] = []
+    result, sampled = measured.problems, measured.samples
     if result is not None:
-        low, high = result.interval_95
-        share = f"{100 * result.pass_at_1:.1f} % ({result.correct} of {result.problems})"
         rows += [
-            ("Pass@1", f"{share}, 95 % interval {100 * low:.1f} to {100 * high:.1f} %"),
+            ("Pass@1", _share(result)),
             ("cut off", f"{result.truncated} responses at the token limit"),
             ("no answer", f"{result.unparsed} responses"),
             ("gold unparsable", f"{result.gold_unparsable} problems, left out"),
             ("tokens", f"{result.tokens_mean:.1f} per response"),
         ]
         rows += [(f"  {name}", f"{right} of {total}") for name, (right, total) in result.by_subject.items()]
-    if text is not None:
+    if sampled is not None:
+        rows.append((f"mean of {sampled.samples}", f"{_share(sampled)}; {sampled.truncated} cut off"))
+    if (text := measured.perplexity) is not None:
         spans = f"{text.tokens} tokens predicted in {text.windows} windows of {text.window}"
         rows.append(("perplexity", f"{text.value:.3f} ({spans})"))
-    if solutions is not None:
+    if (solutions := measured.solution_perplexity) is not None:
         rows.append(("of solutions", f"perplexity {solutions.value:.3f} ({solutions.tokens} tokens predicted)"))
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _share(result: EvaluationResult) -> str:
+    low, high = result.interval_95
+    counts = f"{result.correct} of {result.problems * result.samples}"
+    return f"{100 * result.pass_at_1:.1f} % ({counts}), 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
 
 
 def package_versions() -> dict[str, str]:

@@ -7,7 +7,17 @@ from html import escape
 from padd_ds.report.numbers import scaled
 
 UNKNOWN = "-"
-_HEADER = ("model", "perplexity", "Pass@1 %", "95 % interval", "questions", "active", "total", "FLOPs/token")
+_HEADER = (
+    "model",
+    "perplexity",
+    "Pass@1 %",
+    "95 % interval",
+    "sampled %",
+    "questions",
+    "active",
+    "total",
+    "FLOPs/token",
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,8 @@ class TableRow:
     """Share of right answers, in [0, 1]; so are the bounds of its interval."""
     pass_at_1_low: float | None = None
     pass_at_1_high: float | None = None
+    sampled: float | None = None
+    """Mean share of right answers of sampled responses, in [0, 1]."""
     questions: int | None = None
     """How many the share was measured on."""
     active_parameters: int | None = None
@@ -61,6 +73,7 @@ def _cells(row: TableRow) -> tuple[str, ...]:
         UNKNOWN if row.perplexity is None else f"{row.perplexity:.2f}",
         UNKNOWN if row.pass_at_1 is None else f"{100 * row.pass_at_1:.1f}",
         interval,
+        UNKNOWN if row.sampled is None else f"{100 * row.sampled:.1f}",
         UNKNOWN if row.questions is None else str(row.questions),
         *(UNKNOWN if count is None else scaled(count) for count in counts),
     )

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from padd_ds.errors import UserError
-from padd_ds.evaluation.generate import GenerationOptions, greedy_responses
+from padd_ds.evaluation.generate import GenerationOptions, generate_responses
 from tests.data.characters import VOCABULARY, character_tokenizer
 from tests.tiny import tiny_student
 
@@ -30,7 +30,7 @@ def one_at_a_time(model, tokenizer, prompt, max_new_tokens):
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
 def test_batches_give_what_a_direct_loop_gives_in_the_order_of_the_prompts(model, batch_size):
     tokenizer = character_tokenizer()
-    responses = greedy_responses(model, tokenizer, PROMPTS, options(batch_size=batch_size))
+    responses = generate_responses(model, tokenizer, PROMPTS, options(batch_size=batch_size))
     for prompt, response in zip(PROMPTS, responses, strict=True):
         ids = one_at_a_time(model, tokenizer, prompt, 12)
         ended = ids[-1] == tokenizer.eos_token_id
@@ -59,7 +59,7 @@ def scripted(text: str, tokenizer, width: int) -> list[int]:
 def test_end_token_is_counted_and_what_follows_is_not():
     tokenizer = character_tokenizer()
     model = Scripted([scripted(text, tokenizer, 6) for text in ("12<eos>", "123456", "<eos>")])
-    responses = greedy_responses(model, tokenizer, ["a", "b", "c"], options(max_new_tokens=6))
+    responses = generate_responses(model, tokenizer, ["a", "b", "c"], options(max_new_tokens=6))
     assert [response.text for response in responses] == ["12", "123456", ""]
     assert [(response.tokens, response.ended) for response in responses] == [(3, True), (6, False), (1, True)]
 
@@ -68,22 +68,22 @@ def test_every_end_token_of_the_checkpoint_ends_a_response():
     tokenizer = character_tokenizer()
     other = tokenizer("~", add_special_tokens=False).input_ids[0]
     model = Scripted([scripted("12~", tokenizer, 4)], eos=[1, other])
-    assert greedy_responses(model, tokenizer, ["a"], options())[0].text == "12"
+    assert generate_responses(model, tokenizer, ["a"], options())[0].text == "12"
 
 
 def test_stop_text_is_cut_off_and_ends_the_response():
     tokenizer = character_tokenizer()
     model = Scripted([scripted("12\nQ:", tokenizer, 6), scripted("123456", tokenizer, 6)])
-    first, second = greedy_responses(model, tokenizer, ["a", "b"], options(stop=("\n",)))
+    first, second = generate_responses(model, tokenizer, ["a", "b"], options(stop=("\n",)))
     assert (first.text, first.tokens, first.ended) == ("12", 3, True)
     assert (second.text, second.ended) == ("123456", False)
 
 
 def test_stop_text_really_stops_generation(model):
     tokenizer = character_tokenizer()
-    whole = greedy_responses(model, tokenizer, ["3 + 4"], options())[0].text
+    whole = generate_responses(model, tokenizer, ["3 + 4"], options())[0].text
     stop = whole[4:6]
-    stopped = greedy_responses(model, tokenizer, ["3 + 4"], options(stop=(stop,)))[0]
+    stopped = generate_responses(model, tokenizer, ["3 + 4"], options(stop=(stop,)))[0]
     assert stopped.ended
     assert stopped.text == whole[: whole.index(stop)]
     assert stopped.tokens == whole.index(stop) + 2
@@ -92,12 +92,14 @@ def test_stop_text_really_stops_generation(model):
 def test_prompts_that_do_not_fit_are_named_before_any_work(model):
     tokenizer = character_tokenizer()
     with pytest.raises(UserError, match="problem 2 has 120 prompt tokens"):
-        greedy_responses(model, tokenizer, ["a", "b" * 120], options())
+        generate_responses(model, tokenizer, ["a", "b" * 120], options())
     with pytest.raises(UserError, match="no tokens"):
-        greedy_responses(model, tokenizer, ["a", ""], options())
+        generate_responses(model, tokenizer, ["a", ""], options())
 
 
-@pytest.mark.parametrize("change", [{"max_new_tokens": 0}, {"batch_size": 0}, {"stop": ("",)}])
+@pytest.mark.parametrize(
+    "change", [{"max_new_tokens": 0}, {"batch_size": 0}, {"stop": ("",)}, {"temperature": -1.0}, {"top_p": 0.0}]
+)
 def test_bad_options_are_refused(change):
     with pytest.raises(UserError):
         options(**change)

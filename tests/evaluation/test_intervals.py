@@ -1,7 +1,7 @@
 import pytest
 from scipy.stats import binomtest
 
-from padd_ds.evaluation.intervals import wilson_interval
+from padd_ds.evaluation.intervals import mean_interval, wilson_interval
 
 
 def test_value_worked_by_hand():
@@ -23,3 +23,15 @@ def test_no_trials_say_nothing():
 def test_impossible_counts_are_refused():
     with pytest.raises(ValueError, match="3 successes in 2 trials"):
         wilson_interval(3, 2)
+
+
+def test_interval_of_a_mean_worked_by_hand():
+    # Shares .2, .4, .6, .8: mean .5, variance .2 / 3, standard error sqrt(.2 / 12).
+    assert mean_interval([0.2, 0.4, 0.6, 0.8], z=2.0) == pytest.approx(
+        (0.5 - 2 * (0.2 / 12) ** 0.5, 0.5 + 2 * (0.2 / 12) ** 0.5)
+    )
+
+
+def test_interval_of_a_mean_stays_among_shares_and_needs_two():
+    assert mean_interval([0.0, 1.0]) == (0.0, 1.0)
+    assert mean_interval([0.5]) == (0.0, 1.0)

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from padd_ds.data.answers import AnswerFormat
 from padd_ds.data.problems import Problem
@@ -37,6 +38,14 @@ def test_nothing_countable_gives_the_widest_interval():
     assert (result.pass_at_1, result.interval_95, result.problems) == (0.0, (0.0, 1.0), 0)
 
 
+def test_samples_are_averaged_over_problems():
+    wrong, unreadable = scored(correct=False), scored(correct=False, status="gold_unparsable")
+    result = summarise([scored(), scored(), scored(), wrong, wrong, wrong, unreadable, wrong], samples=2)
+    assert (result.pass_at_1, result.correct, result.problems, result.gold_unparsable) == (0.5, 3, 3, 1)
+    # Shares 1, 1/2, 0: standard deviation 1/2, standard error 1/2 / sqrt(3).
+    assert result.interval_95 == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_model_is_scored_by_what_it_says(batch_size):
     model, tokenizer = tiny_student(vocabulary=len(VOCABULARY)), character_tokenizer()
@@ -53,3 +62,20 @@ def test_a_model_is_scored_by_what_it_says(batch_size):
     again = evaluate_problems(model, tokenizer, [*right[:2], questions[2]], options)
     assert [response.correct for response in again.responses] == [True, True, False]
     assert [response.gold for response in again.responses] == [*said[:2], "-1"]
+
+
+def test_sampled_responses_differ_and_repeat_by_seed():
+    model, tokenizer = tiny_student(vocabulary=len(VOCABULARY)), character_tokenizer()
+    options = EvaluationOptions(
+        answer_format=AnswerFormat(name="last_number"),
+        generation=GenerationOptions(max_new_tokens=6, batch_size=4, temperature=1.0),
+        samples=3,
+    )
+
+    def said(seed: int) -> list[str]:
+        torch.manual_seed(seed)
+        problems = [Problem(question="1 + 2", answer="3"), Problem(question="7", answer="7")]
+        return [response.response for response in evaluate_problems(model, tokenizer, problems, options).responses]
+
+    assert len(said(0)) == 6 and len(set(said(0)[:3])) > 1
+    assert said(0) == said(0) != said(1)

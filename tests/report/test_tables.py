@@ -6,22 +6,25 @@ from padd_ds.report import TableRow, format_table
 from padd_ds.report.numbers import MINUS, TIMES, readable, scaled
 from padd_ds.report.tables import html_table
 
-TEACHER = TableRow("teacher", 39.414, 0.594, 0.568, 0.62, 1378, 134_515_008, 134_515_008, 269_030_016)
-CONVERTED = TableRow("converted", 212.4, 0.322, 0.298, 0.347, 1378, 110_000_000, 1_410_000_000, 2.2e8)
+TEACHER = TableRow("teacher", 39.414, 0.594, 0.568, 0.62, 0.511, 1378, 134_515_008, 134_515_008, 269_030_016)
+CONVERTED = TableRow("converted", 212.4, 0.322, 0.298, 0.347, None, 1378, 110_000_000, 1_410_000_000, 2.2e8)
 UNMEASURED = TableRow("joint", active_parameters=999)
 
 
 def test_table_is_aligned_and_the_teacher_first() -> None:
     assert format_table([CONVERTED, TEACHER, UNMEASURED]).split("\n") == [
-        "model      perplexity  Pass@1 %  95 % interval  questions  active   total  FLOPs/token",
-        "teacher         39.41      59.4   56.8 to 62.0       1378  134.5M  134.5M       269.0M",
-        "converted      212.40      32.2   29.8 to 34.7       1378  110.0M    1.4G       220.0M",
-        "joint               -         -              -          -     999       -            -",
+        "model      perplexity  Pass@1 %  95 % interval  sampled %  questions  active   total  FLOPs/token",
+        "teacher         39.41      59.4   56.8 to 62.0       51.1       1378  134.5M  134.5M       269.0M",
+        "converted      212.40      32.2   29.8 to 34.7          -       1378  110.0M    1.4G       220.0M",
+        "joint               -         -              -          -          -     999       -            -",
     ]
 
 
 def test_table_without_rows_has_its_header_alone() -> None:
-    assert format_table([]) == "model  perplexity  Pass@1 %  95 % interval  questions  active  total  FLOPs/token"
+    assert (
+        format_table([])
+        == "model  perplexity  Pass@1 %  95 % interval  sampled %  questions  active  total  FLOPs/token"
+    )
 
 
 def test_html_table_escapes_names_and_draws_known_shares_only() -> None:
