@@ -6,6 +6,7 @@ from pathlib import Path
 from padd_ds.conversion.options import (
     CLUSTERINGS,
     DTYPE_NAMES,
+    PARTS,
     ROUTERS,
     ConversionOptions,
 )
@@ -25,6 +26,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, help="text or .jsonl file of calibration data")
     parser.add_argument(
         "--calibration-field", default="text", help="JSONL field, or several separated by commas (default text)"
+    )
+    parser.add_argument(
+        "--calibration-part",
+        choices=PARTS,
+        help="use only this part of the JSONL records, as training cuts them by the hash of the question, which is the "
+        "first --calibration-field; A is what training never sees",
     )
     parser.add_argument("--calibration-tokens", default=16384, type=int, help="tokens used of it (default 16384)")
     parser.add_argument("--prior-temperature", default=0.3, type=float, help="xi of the expert prior (default 0.3)")

@@ -36,8 +36,8 @@ class Demo:
     make_teacher: list[list[str]]
     """Commands that leave teacher/, data/train.jsonl and data/test.jsonl in the output folder; `{out}` stands
     for it, `{seed}` for the seed."""
-    write_texts: Callable[[Path], None]
-    """Writes the calibration file, and a text for perplexity if there is one, into the data folder."""
+    write_texts: Callable[[Path], None] | None = None
+    """Writes texts to calibrate on and to measure perplexity on into the data folder, where problems are not enough."""
     convert: list[str]
     """Options of padd-convert."""
     evaluate: list[str]
@@ -53,7 +53,8 @@ TINY_EVALUATION = ["--pattern", r"#(-?\d+)$", "--answer-format", "pattern", "--t
 TINY_EVALUATION += ["--subject-field", "subject", "--solution-field", "solution"]
 TINY_EVALUATION += ["--max-new-tokens", "48", "--batch-size", "128", "--samples", "4"]
 TINY_CONVERSION = ["--experts", "16", "--shared-experts", "2", "--top-k", "6"]
-TINY_CONVERSION += ["--calibration-field", "question,solution", "--calibration", "{out}/data/calibration.jsonl"]
+TINY_CONVERSION += ["--calibration", "{out}/data/train.jsonl", "--calibration-part", "A"]
+TINY_CONVERSION += ["--calibration-field", "question,solution"]
 
 TINY_TEACHER = [
     "-m",
@@ -69,18 +70,6 @@ TINY_TEACHER = [
     "--seed",
     "{seed}",
 ]
-
-
-def worked_texts(data: Path) -> None:
-    """Calibration from part A of the training set."""
-    from padd_ds.data.problems import FieldMap, map_rows
-    from padd_ds.data.sources import read_rows
-    from padd_ds.data.split import split_problems
-
-    fields = FieldMap(solution="solution")
-    part_a = split_problems(map_rows(read_rows(str(data / "train.jsonl")), fields)).parts["A"]
-    lines = [json.dumps({"question": p.question, "solution": p.solution}) for p in part_a]
-    write_text_whole(data / "calibration.jsonl", "\n".join(lines) + "\n")
 
 
 def prose_texts(data: Path) -> None:
@@ -138,7 +127,6 @@ DEMOS = {
         make_teacher=[
             [*TINY_TEACHER, "--steps", "1800"],
         ],
-        write_texts=worked_texts,
         convert=TINY_CONVERSION,
         evaluate=TINY_EVALUATION,
         warmup="ds_configs/runs/demo_tiny_warmup.yaml",
@@ -152,7 +140,6 @@ DEMOS = {
             [*TINY_TEACHER, "--steps", "4", "--train-problems", "60", "--test-problems", "4"]
             + ["--hidden-size", "32", "--layers", "2", "--ffn-size", "128", "--heads", "2", "--kv-heads", "1"],
         ],
-        write_texts=worked_texts,
         convert=["--experts", "8", "--shared-experts", "2", "--top-k", "3", *TINY_CONVERSION[6:]],
         evaluate=[*TINY_EVALUATION, "--max-new-tokens", "8"],
         warmup="ds_configs/runs/demo_tiny_warmup.yaml",
@@ -212,7 +199,8 @@ def run_demo(demo: Demo, output: Path, seed: int) -> None:
     for number, command in enumerate(demo.make_teacher):
         filled = [part.replace("{out}", out).replace("{seed}", str(seed)) for part in command]
         runner.python(f"prepare-{number}", filled)
-    demo.write_texts(output / "data")
+    if demo.write_texts is not None:
+        demo.write_texts(output / "data")
     filled = [part.replace("{out}", out) for part in demo.convert]
     teacher, converted = str(output / "teacher"), str(output / "students" / "converted")
     runner.run(

@@ -12,6 +12,9 @@ MAX_LISTED_COUNT = 512
 ROW_BYTES = 16
 
 
+PARTS = ("A", "B", "C", "D")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions:
     """A conversion; UserError when the options contradict each other.
@@ -25,6 +28,8 @@ class ConversionOptions:
     router: where the router's rows come from, one of ROUTERS.
     calibration: text file, or JSONL file, of the calibration data; needed for `activations` and `calibrated`.
     calibration_field: field of the JSONL records, or several separated by commas (joined by newlines).
+    calibration_part: use only the JSONL records of this part (A, B, C or D) of the training set, by the hash of
+        the first field; None uses all.
     calibration_tokens: how many tokens of it are used.
     prior_temperature: xi of PADD eq. 2 (the paper uses 0.1-0.5).
     dtype: of the written weights, one of DTYPE_NAMES; None keeps the teacher's.
@@ -40,6 +45,7 @@ class ConversionOptions:
     router: str = "calibrated"
     calibration: Path | None = None
     calibration_field: str = "text"
+    calibration_part: str | None = None
     calibration_tokens: int = 16384
     prior_temperature: float = 0.3
     seed: int = 0
@@ -89,6 +95,10 @@ class ConversionOptions:
             )
         if self.calibration is not None and not self.calibration.is_file():
             raise UserError(f"--calibration {self.calibration}: no such file")
+        if self.calibration_part is not None:
+            _check_choice("--calibration-part", self.calibration_part, PARTS)
+            if self.calibration is None or self.calibration.suffix != ".jsonl":
+                raise UserError("--calibration-part takes records of a JSONL file; pass one as --calibration")
 
 
 @dataclass(frozen=True, kw_only=True)

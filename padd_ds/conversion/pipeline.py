@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from padd_ds.conversion.calibration import capture_ffn_inputs, token_windows
+from padd_ds.conversion.calibration import capture_ffn_inputs, read_texts, token_windows
 from padd_ds.conversion.companions import (
     copy_tokenizer,
     write_card,
@@ -136,7 +136,8 @@ def _calibration_windows(options: ConversionOptions, teacher: Teacher) -> torch.
     if options.calibration is None:
         return None
     tokenizer = load_tokenizer(str(teacher.folder), trust_remote_code=options.trust_remote_code)
-    return token_windows(options.calibration, options.calibration_field, tokenizer, options.calibration_tokens)
+    texts = read_texts(options.calibration, options.calibration_field, options.calibration_part)
+    return token_windows(options.calibration, texts, tokenizer, options.calibration_tokens)
 
 
 def _run_teacher(

@@ -18,6 +18,8 @@ from padd_ds.conversion.targets import (
     save_targets,
 )
 from padd_ds.conversion.writer import ShardWriter
+from padd_ds.data.problems import Problem
+from padd_ds.data.split import split_problems
 from padd_ds.errors import UserError
 from tests.conversion.tiny_teachers import byte_tokenizer
 
@@ -49,7 +51,7 @@ def test_windows_hold_the_first_tokens_of_the_text(tmp_path: Path) -> None:
     path = tmp_path / "data.txt"
     path.write_text("abcdefgh" * 100, encoding="utf-8")
     tokenizer = byte_tokenizer()
-    windows_WT = token_windows(path, "text", tokenizer, 600)
+    windows_WT = token_windows(path, read_texts(path, "text"), tokenizer, 600)
     assert windows_WT.shape == (2, 256)
     assert tokenizer.decode(windows_WT.flatten()) == "abcdefgh" * 64
 
@@ -57,13 +59,23 @@ def test_windows_hold_the_first_tokens_of_the_text(tmp_path: Path) -> None:
 def test_records_are_separated_by_the_end_token(tmp_path: Path) -> None:
     path = write_records(tmp_path / "data.jsonl", [{"text": "ab"}, {"text": "c"}])
     tokenizer = byte_tokenizer()
-    assert tokenizer.decode(token_windows(path, "text", tokenizer, 100)[0]) == "ab</s>c</s>"
+    assert tokenizer.decode(token_windows(path, read_texts(path, "text"), tokenizer, 100)[0]) == "ab</s>c</s>"
 
 
 def test_empty_calibration_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "data.txt").write_text("")
+    path = tmp_path / "data.txt"
+    path.write_text("")
     with pytest.raises(UserError, match="holds no text"):
-        token_windows(tmp_path / "data.txt", "text", byte_tokenizer(), 100)
+        token_windows(path, read_texts(path, "text"), byte_tokenizer(), 100)
+
+
+def test_a_part_holds_the_questions_that_training_leaves_out(tmp_path: Path) -> None:
+    problems = [Problem(question=f"{number} + {number}?", answer=str(2 * number)) for number in range(100)]
+    records = [{"q": problem.question, "a": problem.answer} for problem in problems]
+    path = write_records(tmp_path / "data.jsonl", records)
+    parts = split_problems(problems).parts
+    for part in ("A", "C"):
+        assert list(read_texts(path, "q,a", part)) == [f"{p.question}\n{p.answer}" for p in parts[part]]
 
 
 def test_captured_inputs_give_the_ffn_outputs_of_the_model(llama_teacher: Path) -> None:

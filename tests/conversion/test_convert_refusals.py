@@ -180,6 +180,12 @@ def test_student_that_is_right_in_fp32_only(refused: Callable[..., str], monkeyp
     assert "in torch.bfloat16 the student's logits are off its teacher's by" in refused(dtype="bfloat16")
 
 
+def test_part_of_a_text_file(refused: Callable[..., str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    assert "--calibration-part takes records of a JSONL file" in refused(calibration=text, calibration_part="A")
+
+
 def test_device_that_is_not_there(refused: Callable[..., str]) -> None:
     assert "--device nonsense is not usable here" in refused(device="nonsense")
 
