@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class OneRankError(UserError):
+    """A UserError that one rank of several knows of and that rank therefore has to tell."""
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point; a UserError becomes one line on standard error and exit code 2."""
     try:

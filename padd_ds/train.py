@@ -12,7 +12,7 @@ from pathlib import Path
 
 from padd_ds.config.describe import describe_options
 from padd_ds.config.load import load_run_config
-from padd_ds.errors import EXIT_CODE_USER_ERROR, UserError
+from padd_ds.errors import EXIT_CODE_USER_ERROR, OneRankError, UserError
 from padd_ds.launcher import launched_rank
 
 EPILOG = """examples:
@@ -90,7 +90,7 @@ def quiet_libraries() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse and run; exit code 2 with one line on a user's error, told by rank 0 alone."""
+    """Parse and run; exit code 2 with one line on a user's error, told by rank 0 unless another alone knows it."""
     # Started by path, this folder comes first on the path, and its modules would hide others of the same name.
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run(parsed)
     except UserError as error:
-        if launched_rank() in (None, 0):
+        if launched_rank() in (None, 0) or isinstance(error, OneRankError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_CODE_USER_ERROR)
 

@@ -18,7 +18,7 @@ from padd_ds.checkpoint.layout import DEEPSPEED_TAG, MANIFEST, STAGE_STATE, WEIG
 from padd_ds.engine.ranks import Ranks, barrier, together
 from padd_ds.engine.student import Student
 from padd_ds.engine.weights import local_tensors
-from padd_ds.errors import UserError
+from padd_ds.errors import OneRankError, UserError
 from padd_ds.files import disk_full_is_user_error
 
 
@@ -29,14 +29,22 @@ def save_checkpoint(
     stage_state: Mapping[str, torch.Tensor],
     facts: Mapping[str, Any],
 ) -> Path:
-    """Write `checkpoints/step_{step}` from all ranks; it appears under its name only when all have written."""
+    """Write `checkpoints/step_{step}` from all ranks; it appears under its name only when all have written.
+
+    UserError when the disk is full; a OneRankError where the other ranks wait in DeepSpeed's own part: the process
+    has to end then, and its launcher ends theirs.
+    """
     final = run_dir / "checkpoints" / f"step_{step}"
     partial = final.with_name(f".{final.name}.partial")
     ranks = student.ranks
     together(lambda: _fresh_folder(partial) if ranks.is_main else None, ranks)
-    together(lambda: _write_own_files(student, partial, stage_state), ranks)
-    student.engine.save_checkpoint(str(partial), tag=DEEPSPEED_TAG, save_latest=False)
-    together(lambda: _seal(partial, final, {"step": step, **facts}) if ranks.is_main else None, ranks)
+    try:
+        together(lambda: _write_own_files(student, partial, stage_state), ranks)
+        _write_deepspeed_files(student, partial)
+        together(lambda: _seal(partial, final, {"step": step, **facts}) if ranks.is_main else None, ranks)
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
@@ -77,6 +85,14 @@ def _write_own_files(student: Student, partial: Path, stage_state: Mapping[str, 
                 {name: tensor.cpu().contiguous() for name, tensor in stage_state.items()},
                 partial / STAGE_STATE,
             )
+
+
+def _write_deepspeed_files(student: Student, partial: Path) -> None:
+    try:
+        with disk_full_is_user_error(partial):
+            student.engine.save_checkpoint(str(partial), tag=DEEPSPEED_TAG, save_latest=False)
+    except UserError as error:
+        raise OneRankError(str(error)) from error
 
 
 def _seal(partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
