@@ -10,6 +10,8 @@ from pathlib import Path
 
 from padd_ds.errors import UserError
 
+ALMOST_FULL_BYTES = 1 << 24
+
 
 def check_output_free(path: Path, overwrite: bool) -> None:
     """Refuse an output that exists (unless `overwrite`) or whose parent cannot be written."""
@@ -55,16 +57,28 @@ def write_text_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def disk_full_is_user_error(path: Path) -> Iterator[None]:
-    """Turn "no space left" (also as safetensors and torch report it) into a UserError."""
+    """Turn "no space left", as the system, safetensors and torch report it, into a UserError."""
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(error) or "os error 28" in str(error):
-            free_gib = shutil.disk_usage(path.absolute().parent).free / 2**30
-            message = f"{path}: the disk is full ({free_gib:.2f} GiB free); nothing was kept"
-            raise UserError(f"{message}; free some space or choose another output") from error
-        raise
+        if not _is_disk_full(error, path):
+            raise
+        message = f"{path}: the disk is full ({_free_bytes(path) / 2**30:.2f} GiB free); nothing was kept"
+        raise UserError(f"{message}; free some space or choose another output") from error
+
+
+def _is_disk_full(error: Exception, path: Path) -> bool:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if any(words in str(error) for words in ("No space left on device", "os error 28")):
+        return True
+    # torch.save tells of a short write only, so the disk itself has to be asked.
+    short_write = any(words in str(error) for words in ("iostream error", "unexpected pos"))
+    return short_write and _free_bytes(path) < ALMOST_FULL_BYTES
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(path.absolute().parent).free
 
 
 def _replace(staged: Path, path: Path) -> None:

@@ -1,0 +1,61 @@
+"""Outputs that appear whole or not at all, and disks that are full."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from padd_ds import files
+from padd_ds.errors import UserError
+from padd_ds.files import disk_full_is_user_error, staged_directory, write_text_whole
+
+# A device that answers every write as a full disk does.
+FULL = Path("/dev/full")
+
+
+def write_plain() -> None:
+    with FULL.open("w") as file:
+        file.write("text")
+
+
+WRITERS: dict[str, Callable[[], None]] = {
+    "plain": write_plain,
+    "torch": lambda: torch.save({"weights": torch.zeros(1000)}, FULL),
+}
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_full_disk_is_told_whoever_writes(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_free_bytes", lambda path: 0)
+    with pytest.raises(UserError, match="the disk is full"), disk_full_is_user_error(tmp_path):
+        WRITERS[writer]()
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
+def test_short_write_on_a_disk_with_room_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_free_bytes", lambda path: 2**40)
+    with pytest.raises(RuntimeError), disk_full_is_user_error(tmp_path):
+        WRITERS["torch"]()
+
+
+def test_staged_folder_is_gone_after_an_error_and_the_old_one_stays(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "old").write_text("old")
+    with pytest.raises(RuntimeError, match="half way"), staged_directory(output, overwrite=True) as staged:
+        save_file({"weights": torch.zeros(3)}, staged / "new.safetensors")
+        raise RuntimeError("half way")
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+    assert [path.name for path in output.iterdir()] == ["old"]
+
+
+def test_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_text_whole(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text_whole(path, "half \ud800")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
