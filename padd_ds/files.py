@@ -34,13 +34,21 @@ def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     check_output_free(path, overwrite)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.absolute().parent))
-    staged.chmod(0o755)
     try:
         with disk_full_is_user_error(path):
             yield staged
+        give_usual_modes(staged)
         _replace(staged, path)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Let the umask decide who may read `folder` and what is in it; safetensors and tempfile write for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def write_text_whole(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """Outputs that appear whole or not at all, and disks that are full."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,3 +60,14 @@ def test_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
         write_text_whole(path, "half \ud800")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_outputs_have_the_modes_that_the_umask_gives(tmp_path: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        with staged_directory(tmp_path / "output") as staged:
+            save_file({"weights": torch.zeros(3)}, staged / "model.safetensors")
+    finally:
+        os.umask(mask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [tmp_path / "output", *(tmp_path / "output").iterdir()]}
+    assert modes == {"output": 0o750, "model.safetensors": 0o640}

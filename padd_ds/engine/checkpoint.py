@@ -19,7 +19,7 @@ from padd_ds.engine.ranks import Ranks, barrier, together
 from padd_ds.engine.student import Student
 from padd_ds.engine.weights import local_tensors
 from padd_ds.errors import OneRankError, UserError
-from padd_ds.files import disk_full_is_user_error
+from padd_ds.files import disk_full_is_user_error, give_usual_modes
 
 
 def save_checkpoint(
@@ -99,6 +99,7 @@ def _seal(partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
     with disk_full_is_user_error(final):
         sizes = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
         (partial / MANIFEST).write_text(json.dumps({**facts, "bytes": sizes}, indent=1), encoding="utf-8")
+        give_usual_modes(partial)
         if final.exists():
             shutil.rmtree(final)
         os.rename(partial, final)
