@@ -44,7 +44,7 @@ def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def give_usual_modes(folder: Path) -> None:
-    """Let the umask decide who may read `folder` and what is in it; safetensors and tempfile write for the owner alone."""
+    """Let the umask decide who may read a folder and its files; safetensors and tempfile write for the owner alone."""
     mask = os.umask(0)
     os.umask(mask)
     for path in [folder, *folder.rglob("*")]:
