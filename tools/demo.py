@@ -99,13 +99,12 @@ MAKE_PROBLEMS = ["tools/make_problems.py", *SUM_TASKS, "--question", "{expressio
 SMOLLM2_EVALUATION = ["--template", "Calculate {question} = ? Reply with the result only.", "--chat"]
 SMOLLM2_EVALUATION += ["--answer-format", "last_number", "--max-new-tokens", "16", "--subject-field", "subject"]
 SMOLLM2_EVALUATION += ["--batch-size", "50", "--perplexity", "{out}/data/text.txt", "--max-windows", "16"]
-SMOLLM2_EVALUATION += ["--samples", "2"]
 
 DEMOS = {
     "smollm2": Demo(
         title="PADD demo: SmolLM2-135M-Instruct (dequantised) and its mixture-of-experts student",
         note="16 slices per layer, 4 always on, 8 of 12 routed: 75 % of the feed-forward part is active. Perplexity: "
-        "16 windows of 256 tokens of Python's language reference. Sampled: mean of 2 responses at temperature 1.",
+        "16 windows of 256 tokens of Python's language reference.",
         make_teacher=[
             ["tools/smollm2.py", "--output", "{out}/teacher"],
             [*MAKE_PROBLEMS, "--count", "100", "--output", "{out}/data/test.jsonl"],
@@ -263,7 +262,7 @@ def _row(name: str, output: Path, conversion: dict[str, Any]) -> Any:
         pass_at_1=headline["problems"]["pass_at_1"],
         pass_at_1_low=low,
         pass_at_1_high=high,
-        sampled=headline["samples"]["pass_at_1"],
+        sampled=headline["samples"]["pass_at_1"] if headline["samples"] else None,
         questions=headline["problems"]["problems"],
         active_parameters=costs["active_parameters"],
         total_parameters=costs["total_parameters"],
