@@ -5,9 +5,11 @@ What a checkpoint holds stands in padd_ds/checkpoint/layout.py.
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +117,18 @@ def _trusted_deepspeed_types() -> Iterator[None]:
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]):
+        trusted = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
+        # Python 3.11.0 to 3.11.3 pickle a member of an enum as a call of getattr.
+        with torch.serialization.safe_globals([*trusted, (_enum_member, "builtins.getattr")]):
             yield
     finally:
         os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
         if before is not None:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    """What `getattr` in a checkpoint may do: name a member of an enum that is trusted."""
+    if not (isinstance(owner, type) and issubclass(owner, Enum)):
+        raise pickle.UnpicklingError(f"getattr of {owner!r} is not allowed in a checkpoint")
+    return owner[name]

@@ -1,15 +1,17 @@
 """Checkpoints: whole or absent, resumed with the same numbers, exported without loss."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file, save_file
 
 from padd_ds.checkpoint.export import ExportOptions, export_run
 from padd_ds.checkpoint.layout import find_checkpoints
-from padd_ds.engine.checkpoint import load_checkpoint, save_checkpoint
+from padd_ds.engine.checkpoint import _trusted_deepspeed_types, load_checkpoint, save_checkpoint
 from padd_ds.engine.ranks import Ranks
 from padd_ds.errors import UserError
 from padd_ds.hf import load_causal_lm
@@ -104,3 +106,24 @@ def test_a_missing_expert_is_not_exported(trained: tuple[Path, dict[str, Any]], 
         export_run(ExportOptions(run=folder, output=tmp_path / "student", step=1))
     victim.write_bytes(whole)
     manifest.write_text(text)
+
+
+class Reduced:
+    """Pickles as a call of getattr, as Python 3.11.0 to 3.11.3 pickle a member of an enum."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.call = (owner, name)
+
+    def __reduce__(self) -> Any:
+        return getattr, self.call
+
+
+@pytest.mark.parametrize("owner", [ZeroStageEnum, str])
+def test_a_checkpoint_may_name_enum_members_and_nothing_else(owner: Any, tmp_path: Path) -> None:
+    torch.save(Reduced(owner, "gradients" if owner is ZeroStageEnum else "upper"), tmp_path / "file.pt")
+    with _trusted_deepspeed_types():
+        if owner is ZeroStageEnum:
+            assert torch.load(tmp_path / "file.pt") is ZeroStageEnum.gradients
+        else:
+            with pytest.raises(pickle.UnpicklingError):
+                torch.load(tmp_path / "file.pt")
