@@ -64,8 +64,8 @@ def write_checkpoint(output: Path, shape: dict[str, int], dtype: torch.dtype, se
 def tensor_shapes(config: Qwen2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor, in the order of the model."""
     width, ffn, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    head_dim = width // heads
-    rows = {"q": width, "k": config.num_key_value_heads * head_dim, "v": config.num_key_value_heads * head_dim}
+    key_value = (config.num_key_value_heads or heads) * (width // heads)
+    rows = {"q": width, "k": key_value, "v": key_value}
     yield "model.embed_tokens.weight", (config.vocab_size, width)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
