@@ -18,9 +18,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="padd-convert", description=__doc__)
     parser.add_argument("--teacher", required=True, help="Hugging Face folder or hub id of the dense model")
     parser.add_argument("--output", required=True, type=Path, help="folder to create")
-    parser.add_argument("--experts", required=True, type=int, help="slices that every FFN is cut into (N)")
+    parser.add_argument("--experts", type=int, help="slices that every FFN is cut into (N)")
     parser.add_argument("--shared-experts", default=1, type=int, help="of those, always on (S, default 1)")
-    parser.add_argument("--top-k", required=True, type=int, help="routed slices per token (K, of the N - S)")
+    parser.add_argument("--top-k", type=int, help="routed slices per token (K, of the N - S)")
+    parser.add_argument(
+        "--student",
+        help="existing MoE model (folder or hub id) that gets its router from the teacher and keeps its experts, "
+        "instead of a new student; --experts, --shared-experts and --top-k are then its own",
+    )
     parser.add_argument("--cluster", default="activations", choices=CLUSTERINGS, help="how neurons are grouped")
     parser.add_argument("--router", default="calibrated", choices=ROUTERS, help="where the router comes from")
     parser.add_argument("--calibration", type=Path, help="text or .jsonl file of calibration data")
@@ -34,6 +39,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "first --calibration-field; A is what training never sees",
     )
     parser.add_argument("--calibration-tokens", default=16384, type=int, help="tokens used of it (default 16384)")
+    parser.add_argument(
+        "--regroup-rounds",
+        default=3,
+        type=int,
+        metavar="N",
+        help="refine the groups of --cluster activations N times towards what a router can foresee (default 3)",
+    )
+    parser.add_argument(
+        "--refit",
+        action="store_true",
+        help="fit down_proj to what the routing leaves active, on the calibration data; better before training, but "
+        "with all experts active the student is then no longer its teacher",
+    )
+    parser.add_argument("--evaluation", type=Path, help="text or .jsonl file to report the perplexity on")
+    parser.add_argument("--evaluation-tokens", default=16384, type=int, help="tokens used of it (default 16384)")
+    parser.add_argument(
+        "--controls", action="store_true", help="report the perplexity of random and contiguous groups beside it"
+    )
     parser.add_argument("--prior-temperature", default=0.3, type=float, help="xi of the expert prior (default 0.3)")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the written weights (default: the teacher's)")
@@ -47,14 +70,31 @@ def main(argv: list[str] | None = None) -> None:
     """Check the options, convert, tell the result."""
     options = ConversionOptions(**vars(parse_args(argv)))
     # Imported here, so that --help and mistakes in the options are answered at once.
+    from padd_ds.conversion.existing import convert_existing
     from padd_ds.conversion.pipeline import convert
+    from padd_ds.report.conversion_page import conversion_page
 
-    report = convert(options)
+    if options.student is not None:
+        contents = convert_existing(options, conversion_page)
+        print(
+            f"wrote {options.output}: {options.student} with the routers of {len(contents['layers'])} layers replaced"
+        )
+        _print_perplexities(contents["perplexity"])
+        return
+    report = convert(options, conversion_page)
     student = report.contents["costs"]["student"]
+    before = " before the refit" if options.refit else ""
     print(
-        f"wrote {report.output}: equal to its teacher to {report.exactness.largest_error:.1e} with all experts active; "
-        f"{student['active_parameters'] / 1e6:.1f}M of {student['total_parameters'] / 1e6:.1f}M parameters active"
+        f"wrote {report.output}: equal to its teacher to {report.exactness.largest_error:.1e} with all experts "
+        f"active{before}; {student['active_parameters'] / 1e6:.1f}M of "
+        f"{student['total_parameters'] / 1e6:.1f}M parameters active"
     )
+    _print_perplexities(report.contents["perplexity"])
+
+
+def _print_perplexities(perplexity: dict[str, float]) -> None:
+    for who, value in perplexity.items():
+        print(f"perplexity of {who}: {value:.2f} ({value / perplexity['teacher']:.3f} of the teacher's)")
 
 
 def cli() -> None:

@@ -38,7 +38,7 @@ def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         with disk_full_is_user_error(path):
             yield staged
         give_usual_modes(staged)
-        _replace(staged, path)
+        replace_folder(staged, path)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -64,15 +64,16 @@ def write_text_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def disk_full_is_user_error(path: Path) -> Iterator[None]:
-    """Turn "no space left", as the system, safetensors and torch report it, into a UserError."""
+def disk_full_is_user_error(
+    path: Path, hint: str = "nothing was kept; free some space or choose another output"
+) -> Iterator[None]:
+    """Turn "no space left", as the system, safetensors and torch report it, into a UserError that ends in `hint`."""
     try:
         yield
     except Exception as error:
         if not _is_disk_full(error, path):
             raise
-        message = f"{path}: the disk is full ({_free_bytes(path) / 2**30:.2f} GiB free); nothing was kept"
-        raise UserError(f"{message}; free some space or choose another output") from error
+        raise UserError(f"{path}: the disk is full ({free_bytes(path) / 2**30:.2f} GiB free); {hint}") from error
 
 
 def _is_disk_full(error: Exception, path: Path) -> bool:
@@ -82,14 +83,19 @@ def _is_disk_full(error: Exception, path: Path) -> bool:
         return True
     # torch.save tells of a short write only, so the disk itself has to be asked.
     short_write = any(words in str(error) for words in ("iostream error", "unexpected pos"))
-    return short_write and _free_bytes(path) < ALMOST_FULL_BYTES
+    return short_write and free_bytes(path) < ALMOST_FULL_BYTES
 
 
-def _free_bytes(path: Path) -> int:
-    return shutil.disk_usage(path.absolute().parent).free
+def free_bytes(path: Path) -> int:
+    """Bytes that may still be written beside `path`, which need not exist."""
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return shutil.disk_usage(parent).free
 
 
-def _replace(staged: Path, path: Path) -> None:
+def replace_folder(staged: Path, path: Path) -> None:
+    """Give `staged` the name `path`; what stood there is deleted afterwards."""
     if not path.exists():
         os.rename(staged, path)
         return

@@ -30,14 +30,14 @@ WRITERS: dict[str, Callable[[], None]] = {
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
 @pytest.mark.parametrize("writer", WRITERS)
 def test_full_disk_is_told_whoever_writes(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_free_bytes", lambda path: 0)
+    monkeypatch.setattr(files, "free_bytes", lambda path: 0)
     with pytest.raises(UserError, match="the disk is full"), disk_full_is_user_error(tmp_path):
         WRITERS[writer]()
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
 def test_short_write_on_a_disk_with_room_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_free_bytes", lambda path: 2**40)
+    monkeypatch.setattr(files, "free_bytes", lambda path: 2**40)
     with pytest.raises(RuntimeError), disk_full_is_user_error(tmp_path):
         WRITERS["torch"]()
 

@@ -12,7 +12,7 @@ from transformers import Qwen2Config
 # Lets the tool run by its path, where only its own folder is importable.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from padd_ds.conversion.writer import ShardWriter
+from padd_ds.conversion.writer import write_index, write_shard
 from padd_ds.errors import run_cli
 from padd_ds.files import staged_directory
 from padd_ds.hf import DTYPES
@@ -54,32 +54,32 @@ def write_checkpoint(output: Path, shape: dict[str, int], dtype: torch.dtype, se
     with staged_directory(output) as staged:
         config.save_pretrained(staged)
         make_tokenizer().save_pretrained(staged)
-        writer = ShardWriter(staged)
-        shapes = list(tensor_shapes(config))
-        for name, size in tqdm(shapes, desc="writing", unit="tensor", dynamic_ncols=True):
-            writer.add(name, random_tensor(name, size, generator).to(dtype))
-        writer.close()
+        shards = list(shard_shapes(config))
+        for number, shapes in enumerate(tqdm(shards, desc="writing", unit="shard", dynamic_ncols=True), start=1):
+            tensors = {name: random_tensor(name, size, generator).to(dtype) for name, size in shapes.items()}
+            write_shard(staged, number, len(shards), tensors)
+        write_index(staged, len(shards))
 
 
-def tensor_shapes(config: Qwen2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor, in the order of the model."""
+def shard_shapes(config: Qwen2Config) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Name and shape of every tensor, in the order of the model: embedding, a shard per layer, norm with head."""
     width, ffn, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     key_value = (config.num_key_value_heads or heads) * (width // heads)
     rows = {"q": width, "k": key_value, "v": key_value}
-    yield "model.embed_tokens.weight", (config.vocab_size, width)
+    yield {"model.embed_tokens.weight": (config.vocab_size, width)}
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
-        for part, size in rows.items():
-            yield f"{prefix}.self_attn.{part}_proj.weight", (size, width)
-            yield f"{prefix}.self_attn.{part}_proj.bias", (size,)
-        yield f"{prefix}.self_attn.o_proj.weight", (width, width)
-        yield f"{prefix}.mlp.gate_proj.weight", (ffn, width)
-        yield f"{prefix}.mlp.up_proj.weight", (ffn, width)
-        yield f"{prefix}.mlp.down_proj.weight", (width, ffn)
-        yield f"{prefix}.input_layernorm.weight", (width,)
-        yield f"{prefix}.post_attention_layernorm.weight", (width,)
-    yield "model.norm.weight", (width,)
-    yield "lm_head.weight", (config.vocab_size, width)
+        yield {
+            **{f"{prefix}.self_attn.{part}_proj.weight": (size, width) for part, size in rows.items()},
+            **{f"{prefix}.self_attn.{part}_proj.bias": (size,) for part, size in rows.items()},
+            f"{prefix}.self_attn.o_proj.weight": (width, width),
+            f"{prefix}.mlp.gate_proj.weight": (ffn, width),
+            f"{prefix}.mlp.up_proj.weight": (ffn, width),
+            f"{prefix}.mlp.down_proj.weight": (width, ffn),
+            f"{prefix}.input_layernorm.weight": (width,),
+            f"{prefix}.post_attention_layernorm.weight": (width,),
+        }
+    yield {"model.norm.weight": (width,), "lm_head.weight": (config.vocab_size, width)}
 
 
 def random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

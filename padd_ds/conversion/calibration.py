@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from padd_ds.data.split import DEFAULT_FRACTIONS, part_of
 from padd_ds.errors import UserError
 
 WINDOW = 256
-WINDOWS_PER_BATCH = 8
 TEXT_BLOCK_CHARACTERS = 1 << 14
 
 
@@ -57,10 +55,10 @@ def _read_text(path: Path) -> Iterator[str]:
             yield "".join(lines)
 
 
-def token_windows(path: Path, texts: Iterable[str], tokenizer: Any, n_tokens: int) -> torch.Tensor:
+def token_windows(path: Path, option: str, texts: Iterable[str], tokenizer: Any, n_tokens: int) -> torch.Tensor:
     """[W, T] token ids: the first `n_tokens` tokens of the file's texts, cut into windows of at most WINDOW.
 
-    JSONL records are separated by the end token. UserError where the file has no token to give.
+    JSONL records are separated by the end token. UserError where the file has fewer tokens than `option` asks for.
     """
     separator = [tokenizer.eos_token_id] if path.suffix == ".jsonl" else []
     tokens: list[int] = []
@@ -69,31 +67,10 @@ def token_windows(path: Path, texts: Iterable[str], tokenizer: Any, n_tokens: in
         if len(tokens) >= n_tokens:
             break
     tokens = tokens[:n_tokens]
-    if not tokens:
-        raise UserError(f"{path}: holds no text to calibrate on; give another --calibration file")
+    if len(tokens) < n_tokens:
+        raise UserError(
+            f"{path}: holds {len(tokens)} tokens, and {option} asks for {n_tokens}; give more text, or less"
+        )
     window = min(WINDOW, len(tokens))
     count = len(tokens) // window
     return torch.tensor(tokens[: count * window]).view(count, window)
-
-
-@torch.no_grad()
-def capture_ffn_inputs(model: Any, windows_WT: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """[S, D] input of each layer's FFN (after its norm) on the windows, on the CPU, kept in `dtype`."""
-    layers = model.model.layers
-    captured: list[list[torch.Tensor]] = [[] for _ in layers]
-
-    def keep(index: int) -> Any:
-        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            captured[index].append(args[0].detach().flatten(0, -2).to("cpu", dtype, copy=True))
-
-        return hook
-
-    handles = [layer.mlp.register_forward_pre_hook(keep(index)) for index, layer in enumerate(layers)]
-    try:
-        batches = windows_WT.split(WINDOWS_PER_BATCH)
-        for batch in tqdm(batches, desc="calibration", unit="batch"):
-            model.model(batch.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [torch.cat(parts) for parts in captured]

@@ -15,12 +15,25 @@ class Cost:
 
     matmul_flops: 2 per active weight of a matrix product, the head included, the embedding not.
     attention_flops: scores and weighted sum of a token that attends to ATTENTION_CONTEXT tokens.
+    head_flops: the part of matmul_flops that the head takes.
     """
 
     total_parameters: int
     active_parameters: int
     matmul_flops_per_token: int
     attention_flops_per_token: int
+    head_flops_per_token: int
+
+    @property
+    def decode_flops_per_token(self) -> int:
+        """Of a token generated after ATTENTION_CONTEXT others."""
+        return self.matmul_flops_per_token + self.attention_flops_per_token
+
+    @property
+    def prefill_flops_per_token(self) -> int:
+        """Mean over a prompt of ATTENTION_CONTEXT tokens, which attend to half of it; only the last needs the head."""
+        head = self.head_flops_per_token - self.head_flops_per_token // ATTENTION_CONTEXT
+        return self.matmul_flops_per_token - head + self.attention_flops_per_token // 2
 
 
 def model_costs(config: Any, family: Family, slicing: Slicing) -> tuple[Cost, Cost]:
@@ -43,6 +56,7 @@ def _cost(config: Any, family: Family, held_ffn: int, active_ffn: int, n_tables:
         total_parameters=layers * (matrices + held_ffn + vectors) + outside,
         active_parameters=layers * (matrices + active_ffn + vectors) + outside,
         matmul_flops_per_token=2 * (layers * (matrices + active_ffn) + table),
+        head_flops_per_token=2 * table,
         attention_flops_per_token=4 * layers * ATTENTION_CONTEXT * config.num_attention_heads * head_dim_of(config),
     )
 

@@ -11,6 +11,7 @@ from padd_ds.errors import UserError
 # Rotary variants whose frequencies do not depend on the sequence length, so that a check on a
 # short sequence proves them.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+FFN_TENSORS = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 COPIED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -148,10 +149,15 @@ def copied_layer_tensors(family: Family) -> list[str]:
     return names
 
 
+def layer_tensors(family: Family) -> list[str]:
+    """Names within a layer of all the tensors that a teacher must have."""
+    return [*copied_layer_tensors(family), *FFN_TENSORS]
+
+
 def teacher_tensors(config: Any, family: Family) -> list[str]:
     """Names of all the tensors that a teacher must have."""
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     if not config.tie_word_embeddings:
         names.append("lm_head.weight")
-    in_layer = copied_layer_tensors(family) + [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
-    return names + [f"model.layers.{layer}.{name}" for layer in range(config.num_hidden_layers) for name in in_layer]
+    layers = range(config.num_hidden_layers)
+    return names + [f"model.layers.{layer}.{name}" for layer in layers for name in layer_tensors(family)]

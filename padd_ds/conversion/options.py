@@ -24,6 +24,8 @@ class ConversionOptions:
     experts: slices that every FFN is cut into (N), shared ones included.
     shared_experts: slices that are always on (S, >= 1).
     top_k: routed slices per token (K, of the N - S).
+    student: Hugging Face folder or hub id of an existing MoE model to give a router to, instead of a new student;
+        `experts`, `shared_experts`, `top_k` and `dtype` are then its own.
     cluster: how the routed neurons are grouped, one of CLUSTERINGS.
     router: where the router's rows come from, one of ROUTERS.
     calibration: text file, or JSONL file, of the calibration data; needed for `activations` and `calibrated`.
@@ -31,6 +33,12 @@ class ConversionOptions:
     calibration_part: use only the JSONL records of this part (A, B, C or D) of the training set, by the hash of
         the first field; None uses all.
     calibration_tokens: how many tokens of it are used.
+    regroup_rounds: how often the groups of `activations` are refined towards what a router can foresee; 0 leaves
+        the k-means groups.
+    refit: fit down_proj by least squares to what the routing leaves active, on the calibration data.
+    evaluation: text or JSONL file to report the perplexity of teacher and student on.
+    evaluation_tokens: how many tokens of it are used.
+    controls: report the perplexity of `random` and `contiguous` groups beside it.
     prior_temperature: xi of PADD eq. 2 (the paper uses 0.1-0.5).
     dtype: of the written weights, one of DTYPE_NAMES; None keeps the teacher's.
     device: where the teacher and the student are run and the clustering is computed.
@@ -38,8 +46,9 @@ class ConversionOptions:
 
     teacher: str
     output: Path
-    experts: int
-    top_k: int
+    experts: int | None = None
+    top_k: int | None = None
+    student: str | None = None
     shared_experts: int = 1
     cluster: str = "activations"
     router: str = "calibrated"
@@ -47,6 +56,11 @@ class ConversionOptions:
     calibration_field: str = "text"
     calibration_part: str | None = None
     calibration_tokens: int = 16384
+    regroup_rounds: int = 3
+    refit: bool = False
+    evaluation: Path | None = None
+    evaluation_tokens: int = 16384
+    controls: bool = False
     prior_temperature: float = 0.3
     seed: int = 0
     dtype: str | None = None
@@ -61,12 +75,24 @@ class ConversionOptions:
             _check_choice("--dtype", self.dtype, DTYPE_NAMES)
         if self.prior_temperature <= 0:
             raise UserError(f"--prior-temperature is {self.prior_temperature}; it must be above 0")
-        if self.calibration_tokens < 1:
-            raise UserError(f"--calibration-tokens is {self.calibration_tokens}; it must be at least 1")
+        for option, value, least in (
+            ("--calibration-tokens", self.calibration_tokens, 1),
+            ("--evaluation-tokens", self.evaluation_tokens, 2),
+            ("--regroup-rounds", self.regroup_rounds, 0),
+        ):
+            if value < least:
+                raise UserError(f"{option} is {value}; it must be at least {least}")
         self._check_counts()
         self._check_calibration()
 
     def _check_counts(self) -> None:
+        if self.student is not None:
+            self._check_existing()
+            return
+        if self.experts is None or self.top_k is None:
+            raise UserError(
+                "--experts and --top-k say how to cut the teacher; pass both, or --student with an MoE model"
+            )
         routed = self.experts - self.shared_experts
         if self.shared_experts < 1:
             raise UserError(f"--shared-experts is {self.shared_experts}; a student has at least 1")
@@ -86,6 +112,18 @@ class ConversionOptions:
                 f"(--experts {self.experts} minus --shared-experts {self.shared_experts})"
             )
 
+    def _check_existing(self) -> None:
+        given = {
+            "--experts": self.experts is not None,
+            "--top-k": self.top_k is not None,
+            "--shared-experts": self.shared_experts != 1,
+            "--dtype": self.dtype is not None,
+            "--refit": self.refit,
+            "--controls": self.controls,
+        }
+        for option in (name for name, is_given in given.items() if is_given):
+            raise UserError(f"{option} does not go with --student, whose experts stay as they are; leave it out")
+
     def _check_calibration(self) -> None:
         needs_data = self.cluster == "activations" or self.router == "calibrated"
         if needs_data and self.calibration is None:
@@ -95,6 +133,12 @@ class ConversionOptions:
             )
         if self.calibration is not None and not self.calibration.is_file():
             raise UserError(f"--calibration {self.calibration}: no such file")
+        if self.refit and self.calibration is None:
+            raise UserError("--refit needs data to fit to; pass a text or JSONL file as --calibration")
+        if self.evaluation is not None and not self.evaluation.is_file():
+            raise UserError(f"--evaluation {self.evaluation}: no such file")
+        if self.controls and self.evaluation is None:
+            raise UserError("--controls compares perplexities; pass a text or JSONL file as --evaluation")
         if self.calibration_part is not None:
             _check_choice("--calibration-part", self.calibration_part, PARTS)
             if self.calibration is None or self.calibration.suffix != ".jsonl":

@@ -1,58 +1,30 @@
-"""The conversion from end to end: check, calibrate, cut layer by layer, prove, publish."""
+"""The conversion from end to end: check, sweep through the layers, prove, publish."""
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import exp
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from padd_ds.conversion.calibration import capture_ffn_inputs, read_texts, token_windows
-from padd_ds.conversion.companions import (
-    copy_tokenizer,
-    write_card,
-    write_generation_config,
+from padd_ds.conversion.companions import copy_tokenizer, write_card, write_generation_config
+from padd_ds.conversion.exactness import Exactness, conclude
+from padd_ds.conversion.head import Head, head_name, head_rows
+from padd_ds.conversion.options import ConversionOptions
+from padd_ds.conversion.plan import EVALUATION, TEACHER, Plan, fingerprint, make_plan
+from padd_ds.conversion.report import PAGE_NAME, write_report
+from padd_ds.conversion.sweep import (
+    States,
+    convert_one,
+    first_states,
+    read_layer,
+    teacher_block,
 )
-from padd_ds.conversion.exactness import (
-    Exactness,
-    Reference,
-    check_student,
-    teacher_reference,
-)
-from padd_ds.conversion.families import (
-    Family,
-    check_supported,
-    layer_map,
-    student_config,
-    teacher_tensors,
-)
-from padd_ds.conversion.layer import ConvertedLayer, Ffn, convert_layer
-from padd_ds.conversion.options import ConversionOptions, Slicing
-from padd_ds.conversion.report import write_report
-from padd_ds.conversion.targets import LayerTargets, save_targets
-from padd_ds.conversion.teacher import TeacherWeights, local_folder, open_weights
-from padd_ds.conversion.writer import (
-    ShardWriter,
-    attention_tensors,
-    moe_tensors,
-    outer_tensors,
-)
-from padd_ds.errors import UserError
-from padd_ds.files import check_output_free, staged_directory
-from padd_ds.hf import DTYPES, load_causal_lm, load_tokenizer, read_config
-
-SEED_STRIDE = 1_000_003  # keeps the streams of different layers and seeds apart
-
-
-@dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """A checked teacher: its config, family and where its weights lie."""
-
-    folder: Path
-    config: Any
-    family: Family
-    weights: TeacherWeights
+from padd_ds.conversion.targets import LayerTargets, layer_targets, save_targets
+from padd_ds.conversion.work import WorkFolder, work_folder
+from padd_ds.conversion.writer import shard_path, write_index, write_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,148 +33,96 @@ class ConversionReport:
 
     output: Path
     exactness: Exactness
-    layers: list[dict[str, float | None]]
+    layers: list[dict[str, Any]]
     contents: dict[str, Any]
 
 
-def convert(options: ConversionOptions) -> ConversionReport:
+def convert(options: ConversionOptions, page: Callable[[dict[str, Any]], str] | None = None) -> ConversionReport:
     """Turn a dense teacher into a `Glm4MoeForCausalLM` folder at `options.output`.
 
-    UserError for anything wrong with the input, before any work, and for a student that is not equal
-    to its teacher. The output is whole or absent.
+    One layer at a time is in memory. The output is whole or absent; an interrupted conversion goes on at the
+    layer it had reached. UserError for anything wrong with the input, before any work, and for a student that
+    is not equal to its teacher. `page` turns the figures into the HTML that is laid beside them.
     """
-    started_s = time.monotonic()
-    check_output_free(options.output, options.overwrite)
-    _check_device(options.device)
-    teacher, slicing = open_teacher(options)
-    dtype_name = options.dtype or _dtype_name(teacher.weights)
-    slicing.check_alignment(DTYPES[dtype_name].itemsize)
-    windows_WT = _calibration_windows(options, teacher)
-    reference, inputs = _run_teacher(options, teacher, windows_WT, DTYPES[dtype_name])
-    with staged_directory(options.output, overwrite=options.overwrite) as staged:
-        student_config(teacher.config, teacher.family, slicing, dtype_name).save_pretrained(staged)
-        write_generation_config(teacher.folder, staged, teacher.config)
-        copy_tokenizer(teacher.folder, staged, options.trust_remote_code)
-        write_card(staged, options, slicing)
-        layers = _write_weights(options, teacher, slicing, inputs, staged, DTYPES[dtype_name])
-        exactness = check_student(staged, reference, DTYPES[dtype_name], options.device)
-        contents = write_report(
-            staged,
-            options=options,
-            dtype_name=dtype_name,
-            config=teacher.config,
-            family=teacher.family,
-            slicing=slicing,
-            weights=teacher.weights,
-            layers=layers,
-            exactness=exactness,
-            calibration_tokens=0 if windows_WT is None else windows_WT.numel(),
-            seconds=time.monotonic() - started_s,
-        )
-    return ConversionReport(output=options.output, exactness=exactness, layers=layers, contents=contents)
+    plan = make_plan(options)
+    with work_folder(options.output, fingerprint(options, plan.teacher.weights), options.overwrite) as work:
+        states = _sweep(plan, work)
+        records = [work.record_of(layer) for layer in range(plan.depth)]
+        facts = [layer_facts for _, layer_facts in records]
+        exactness, perplexity = _conclude(plan, states, max(one["exactness_error"] for one in facts))
+        _write_companions(plan, work.result)
+        _write_targets(plan, [layer_targets(tensors) for tensors, _ in records], work.result)
+        contents = write_report(work.result, plan, [one["quality"] for one in facts], exactness, perplexity)
+        if page is not None:
+            (work.result / PAGE_NAME).write_text(page(contents), encoding="utf-8")
+    return ConversionReport(output=options.output, exactness=exactness, layers=contents["layers"], contents=contents)
 
 
-def open_teacher(options: ConversionOptions) -> tuple[Teacher, Slicing]:
-    """Check everything about the teacher that can be checked without running it."""
-    config = read_config(options.teacher, trust_remote_code=options.trust_remote_code)
-    family = check_supported(config, options.teacher)
-    slicing = Slicing(
-        width=config.intermediate_size,
-        experts=options.experts,
-        shared=options.shared_experts,
-        top_k=options.top_k,
+def _sweep(plan: Plan, work: WorkFolder) -> States:
+    """Convert all layers that are not finished yet; the states after the last."""
+    done = work.layers_done()
+    states = work.states_after(done - 1) if done else first_states(plan)
+    if not done:
+        _write_embedding(plan, work.result)
+    layers = tqdm(range(done, plan.depth), initial=done, total=plan.depth, desc="converting", unit="layer")
+    for layer in layers:
+        finished = convert_one(plan, layer, states, work.result)
+        work.finish_layer(layer, states, finished.targets.tensors(), finished.facts)
+    _write_head(plan, work.result)
+    write_index(work.result, plan.n_shards)
+    return states
+
+
+def _write_embedding(plan: Plan, result: Path) -> None:
+    name = "model.embed_tokens.weight"
+    write_shard(result, 1, plan.n_shards, {name: plan.teacher.weights.tensor(name).to(plan.dtype)})
+
+
+def _write_head(plan: Plan, result: Path) -> None:
+    if shard_path(result, plan.n_shards, plan.n_shards).is_file():
+        return
+    norm_D, head_VD = (
+        plan.teacher.weights.tensor(name) for name in ("model.norm.weight", head_name(plan.teacher.config))
     )
-    folder = local_folder(options.teacher)
-    weights = open_weights(folder, teacher_tensors(config, family))
-    return Teacher(folder=folder, config=config, family=family, weights=weights), slicing
+    tensors = {"model.norm.weight": norm_D.to(plan.dtype), "lm_head.weight": head_VD.to(plan.dtype)}
+    write_shard(result, plan.n_shards, plan.n_shards, tensors)
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} is not usable here ({str(error).splitlines()[0]}); use cpu") from error
+def _conclude(plan: Plan, states: States, layer_error: float) -> tuple[Exactness, dict[str, float]]:
+    """The verdict on the probes, and the perplexity of teacher, student and controls where there is a text."""
+    config = plan.teacher.config
+    exact, rounded = (
+        Head(head_rows(plan.teacher.weights, config, rounding), config.vocab_size, plan.options.device)
+        for rounding in (None, plan.dtype)
+    )
+    block = teacher_block(plan, plan.depth - 1, read_layer(plan, plan.depth - 1))
+
+    def norm(states_BTD: torch.Tensor, rounding: torch.dtype | None) -> torch.Tensor:
+        return block.normalise(states_BTD, rounding)
+
+    exactness = conclude(states, norm, exact, rounded, layer_error)
+    perplexity = {}
+    for who in (TEACHER, *plan.variants) if EVALUATION in plan.windows else ():
+        head, rounding = (exact, None) if who == TEACHER else (rounded, plan.dtype)
+        normed_BTD = norm(states[f"{EVALUATION}/{who}"], rounding)
+        perplexity[who] = exp(head.nll_mean_nats(normed_BTD, plan.windows[EVALUATION]))
+    return exactness, perplexity
 
 
-def _dtype_name(weights: TeacherWeights) -> str:
-    stored = weights.tensor("model.norm.weight").dtype
-    for name, dtype in DTYPES.items():
-        if dtype == stored:
-            return name
-    raise UserError(f"{weights.folder}: weights are stored as {stored}; pass --dtype")
+def _write_companions(plan: Plan, result: Path) -> None:
+    plan.student_config.save_pretrained(result)
+    write_generation_config(plan.teacher.folder, result, plan.teacher.config)
+    copy_tokenizer(plan.teacher.folder, result, plan.options.trust_remote_code)
+    write_card(result, plan.options, plan.slicing)
 
 
-def _calibration_windows(options: ConversionOptions, teacher: Teacher) -> torch.Tensor | None:
-    if options.calibration is None:
-        return None
-    tokenizer = load_tokenizer(str(teacher.folder), trust_remote_code=options.trust_remote_code)
-    texts = read_texts(options.calibration, options.calibration_field, options.calibration_part)
-    return token_windows(options.calibration, texts, tokenizer, options.calibration_tokens)
-
-
-def _run_teacher(
-    options: ConversionOptions, teacher: Teacher, windows_WT: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[Reference, list[torch.Tensor] | None]:
-    """Everything that the whole teacher is needed in memory for; it is freed before the student is written."""
-    model = load_causal_lm(str(teacher.folder), torch.float32, trust_remote_code=options.trust_remote_code)
-    model = model.to(options.device)
-    stored = teacher.weights.tensor("model.norm.weight").dtype
-    inputs = None if windows_WT is None else capture_ffn_inputs(model, windows_WT, stored)
-    return teacher_reference(model, dtype), inputs
-
-
-def _write_weights(
-    options: ConversionOptions,
-    teacher: Teacher,
-    slicing: Slicing,
-    inputs: list[torch.Tensor] | None,
-    staged: Path,
-    dtype: torch.dtype,
-) -> list[dict[str, float | None]]:
-    """Write the weights and targets to `staged`; the quality of every layer."""
-    depth = teacher.config.num_hidden_layers
-    teacher_layers = layer_map(depth, depth)
-    writer = ShardWriter(staged)
-    for name, tensor in outer_tensors(teacher.weights, teacher.config.tie_word_embeddings):
-        writer.add(name, tensor.to(dtype))
-    targets: list[LayerTargets] = []
-    quality: list[dict[str, float | None]] = []
-    for layer, source in enumerate(tqdm(teacher_layers, desc="converting", unit="layer")):
-        for name, tensor in attention_tensors(teacher.weights, teacher.family, source, layer):
-            writer.add(name, tensor.to(dtype))
-        ffn = _read_ffn(teacher.weights, source)
-        x_SD = None if inputs is None else inputs[source].to(options.device, torch.float32)
-        converted = _convert_on(options, ffn, x_SD, slicing, layer)
-        for name, tensor in moe_tensors(layer, ffn, converted.members_NG.cpu(), converted.router_ED):
-            keep = name.endswith("e_score_correction_bias")  # the class keeps this one in fp32
-            writer.add(name, tensor if keep else tensor.to(dtype))
-        targets.append(converted.targets)
-        quality.append(converted.report())
-    writer.close()
+def _write_targets(plan: Plan, targets: list[LayerTargets], result: Path) -> None:
+    options = plan.options
     save_targets(
-        staged,
+        result,
         targets,
-        teacher_layers,
+        plan.teacher_layers,
         prior_temperature=options.prior_temperature,
         cluster=options.cluster,
         router=options.router,
     )
-    return quality
-
-
-def _convert_on(
-    options: ConversionOptions,
-    ffn: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    x_SD: torch.Tensor | None,
-    slicing: Slicing,
-    layer: int,
-) -> ConvertedLayer:
-    gate_FD, up_FD, down_DF = (matrix.to(options.device, torch.float32) for matrix in ffn)
-    generator = torch.Generator().manual_seed(options.seed * SEED_STRIDE + layer)
-    return convert_layer(Ffn(gate_FD=gate_FD, up_FD=up_FD, down_DF=down_DF), x_SD, slicing, options, generator)
-
-
-def _read_ffn(weights: TeacherWeights, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    prefix = f"model.layers.{layer}.mlp"
-    gate, up, down = (weights.tensor(f"{prefix}.{part}_proj.weight") for part in ("gate", "up", "down"))
-    return gate, up, down

@@ -5,48 +5,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-import padd_ds
 from padd_ds.conversion.costs import ATTENTION_CONTEXT, Cost, model_costs
 from padd_ds.conversion.exactness import Exactness
-from padd_ds.conversion.families import Family
-from padd_ds.conversion.options import ConversionOptions, Slicing
-from padd_ds.conversion.teacher import TeacherWeights, sha256_of
+from padd_ds.conversion.plan import STUDENT, Plan, plain, versions
 
-FILE_NAME = "padd_conversion.json"
+FILE_NAME, PAGE_NAME = "padd_conversion.json", "padd_conversion.html"
 
 
 def write_report(
-    folder: Path,
-    *,
-    options: ConversionOptions,
-    dtype_name: str,
-    config: Any,
-    family: Family,
-    slicing: Slicing,
-    weights: TeacherWeights,
-    layers: list[dict[str, float | None]],
-    exactness: Exactness,
-    calibration_tokens: int,
-    seconds: float,
+    folder: Path, plan: Plan, layers: list[dict[str, Any]], exactness: Exactness, perplexity: dict[str, float]
 ) -> dict[str, Any]:
     """Write the report to `folder` and return its contents."""
-    teacher_cost, student_cost = model_costs(config, family, slicing)
+    options, slicing, teacher = plan.options, plan.slicing, plan.teacher
+    teacher_cost, student_cost = model_costs(teacher.config, teacher.family, slicing)
     contents = {
         "teacher": {
             "source": options.teacher,
-            "model_type": config.model_type,
-            "sha256": {path.name: sha256_of(path) for path in [weights.folder / "config.json", *weights.files()]},
+            "model_type": teacher.config.model_type,
+            "sha256": teacher.weights.sha256,
         },
-        "versions": {
-            "padd_ds": padd_ds.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "options": {**{name: _plain(value) for name, value in asdict(options).items()}, "dtype": dtype_name},
-        "calibration_tokens_used": calibration_tokens,
+        "versions": versions(),
+        "options": {**{name: plain(value) for name, value in asdict(options).items()}, "dtype": plan.dtype_name},
+        "tokens_used": {name: windows.numel() for name, windows in plan.windows.items()},
         "slices": {
             "ffn_width": slicing.width,
             "slice_width": slicing.slice_width,
@@ -56,13 +36,14 @@ def write_report(
             "ffn_active_share": slicing.active_share,
         },
         "exactness": asdict(exactness),
+        "perplexity": perplexity,
         "costs": {
             "attention_context_tokens": ATTENTION_CONTEXT,
             "teacher": _cost(teacher_cost),
             "student": _cost(student_cost),
         },
-        "layers": layers,
-        "seconds": round(seconds, 1),
+        "layers": [layer[STUDENT] for layer in layers],
+        "controls": {name: [layer[name] for layer in layers] for name in plan.variants if name != STUDENT},
     }
     (folder / FILE_NAME).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     return contents
@@ -71,9 +52,6 @@ def write_report(
 def _cost(cost: Cost) -> dict[str, int]:
     return {
         **asdict(cost),
-        "flops_per_token": cost.matmul_flops_per_token + cost.attention_flops_per_token,
+        "flops_per_token": cost.decode_flops_per_token,
+        "prefill_flops_per_token": cost.prefill_flops_per_token,
     }
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value

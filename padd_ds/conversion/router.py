@@ -1,15 +1,33 @@
-"""The first router of a student: where its rows come from, and how large its logits are.
+"""The first router of a student: where its rows and selection bias come from, and how large its logits are.
 
-Shapes: S tokens, D model width, E routed experts, F neurons of the teacher's FFN, G neurons of an expert.
+Shapes: S tokens, D model width, E routed experts, K of them per token, F neurons of the teacher's FFN, G of an expert.
 """
+
+from dataclasses import dataclass
 
 import torch
 
-from padd_ds.conversion.quality import variation
+from padd_ds.moe.router import routing_weights
 
 LOGIT_SPREAD = 0.2  # standard deviation over experts, mean over tokens; 0.1-0.3 keeps weights near equal
 RIDGE = 1e-3  # of the mean square of an input channel
 MIN_CONTRIBUTION, MIN_SPREAD = 1e-6, 1e-12
+SIGMOID_SLOPE = 0.25  # at 0, where the logits of a new student are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """`weight_ED` gives the logits; `bias_E` is added to their sigmoids, for the selection alone."""
+
+    weight_ED: torch.Tensor
+    bias_E: torch.Tensor
+
+    def weights(self, x_SD: torch.Tensor, top_k: int) -> torch.Tensor:
+        """[S, E]: what each expert's output is multiplied with, 0 for those not chosen; sums to `top_k`."""
+        scores_SE = torch.sigmoid(x_SD.float() @ self.weight_ED.T)
+        chosen_SK = (scores_SE + self.bias_E).topk(top_k, dim=1).indices
+        weights_SK = routing_weights(scores_SE, chosen_SK, normalise=True, scale=float(top_k))
+        return torch.zeros_like(scores_SE).scatter(1, chosen_SK, weights_SK)
 
 
 def centroid_router(gate_FD: torch.Tensor, members_EG: torch.Tensor) -> torch.Tensor:
@@ -22,18 +40,29 @@ def random_router(n_experts: int, width: int, generator: torch.Generator) -> tor
     return torch.randn(n_experts, width, generator=generator)
 
 
-def calibrated_router(x_SD: torch.Tensor, contribution_SE: torch.Tensor) -> torch.Tensor:
-    """[E, D]: ridge regression from the FFN's input to the logarithm of each expert's contribution.
+class CalibratedRouter:
+    """Ridge regression from the FFN's input to what each expert contributes.
 
-    Choice: the logarithm, centred over experts, because only the order within a token matters; no
-    intercept, because the router has none and the selection bias is left to the load balancing.
+    Choice: targets are centred over the experts of a token, because only their order matters. With `intercept`
+    the regression has one, which a router expresses as selection bias; without, the mean input has to serve.
     """
-    x_SD = x_SD.double()
-    target_SE = contribution_SE.double().clamp(min=MIN_CONTRIBUTION).log()
-    target_SE = target_SE - target_SE.mean(dim=1, keepdim=True)
-    moment_DD = x_SD.T @ x_SD
-    moment_DD.diagonal().add_(RIDGE * moment_DD.diagonal().mean())
-    return torch.linalg.solve(moment_DD, x_SD.T @ target_SE).T.float()
+
+    def __init__(self, x_SD: torch.Tensor, intercept: bool = True) -> None:
+        x_SD = x_SD.double()
+        self._mean_D = x_SD.mean(dim=0) if intercept else torch.zeros_like(x_SD[0])
+        self._intercept = intercept
+        self._x_SD = x_SD - self._mean_D
+        moment_DD = self._x_SD.T @ self._x_SD
+        moment_DD.diagonal().add_(RIDGE * moment_DD.diagonal().mean())
+        self._factor_DD = torch.linalg.cholesky(moment_DD)
+
+    def fit(self, target_SE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [E, D] and intercepts [E] in fp32 that predict the centred `target_SE`."""
+        target_SE = target_SE.double()
+        target_SE = target_SE - target_SE.mean(dim=1, keepdim=True)
+        mean_E = target_SE.mean(dim=0) if self._intercept else torch.zeros_like(target_SE[0])
+        weight_DE = torch.cholesky_solve(self._x_SD.T @ (target_SE - mean_E), self._factor_DD)
+        return weight_DE.T.float(), (mean_E - self._mean_D @ weight_DE).float()
 
 
 def expert_contributions(hidden_SF: torch.Tensor, down_DF: torch.Tensor, members_EG: torch.Tensor) -> torch.Tensor:
@@ -49,11 +78,12 @@ def make_router(
     x_SD: torch.Tensor | None,
     contribution_SE: torch.Tensor | None,
     generator: torch.Generator,
-) -> torch.Tensor:
-    """[E, D] fp32 rows of `kind`, scaled so that the logits spread by LOGIT_SPREAD on `x_SD`.
+) -> Router:
+    """A router of `kind`, scaled so that its logits spread by LOGIT_SPREAD on `x_SD`.
 
     Without data the scale is that for inputs of unit variance. ValueError for `calibrated` without data.
     """
+    intercept_E = torch.zeros(len(members_EG), device=gate_FD.device)
     if kind == "centroid":
         weight_ED = centroid_router(gate_FD, members_EG)
     elif kind == "random":
@@ -61,9 +91,11 @@ def make_router(
     elif x_SD is None or contribution_SE is None:
         raise ValueError("a calibrated router needs calibration data")
     else:
-        weight_ED = calibrated_router(x_SD, contribution_SE)
+        target_SE = contribution_SE.clamp(min=MIN_CONTRIBUTION).log()
+        weight_ED, intercept_E = CalibratedRouter(x_SD).fit(target_SE)
     spread = unit_spread(weight_ED) if x_SD is None else logit_spread(x_SD.float() @ weight_ED.T)
-    return weight_ED * (LOGIT_SPREAD / max(spread, MIN_SPREAD))
+    scale = LOGIT_SPREAD / max(spread, MIN_SPREAD)
+    return Router(weight_ED=weight_ED * scale, bias_E=intercept_E * scale * SIGMOID_SLOPE)
 
 
 def logit_spread(logits_SE: torch.Tensor) -> float:
@@ -74,9 +106,3 @@ def logit_spread(logits_SE: torch.Tensor) -> float:
 def unit_spread(weight_ED: torch.Tensor) -> float:
     """The logit spread to expect of inputs with independent channels of unit variance."""
     return float((weight_ED - weight_ED.mean(dim=0)).square().sum(dim=1).mean().sqrt())
-
-
-def load_variation(weight_ED: torch.Tensor, x_SD: torch.Tensor, top_k: int) -> float:
-    """Coefficient of variation over experts of the number of tokens that choose them; 0 when even."""
-    chosen_SK = (x_SD.float() @ weight_ED.T).topk(top_k, dim=1).indices
-    return variation(torch.bincount(chosen_SK.flatten(), minlength=len(weight_ED)).float())

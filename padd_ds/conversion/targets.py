@@ -27,6 +27,20 @@ class LayerTargets:
     activation_mean_E: torch.Tensor | None
     expert_prior_E: torch.Tensor | None
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What there is, by the names that `layer_targets` takes."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def layer_targets(tensors: dict[str, torch.Tensor]) -> LayerTargets:
+    """The targets that gave `tensors`."""
+    return LayerTargets(
+        assignment_F=tensors["assignment_F"],
+        centroids_EC=tensors["centroids_EC"],
+        activation_mean_E=tensors.get("activation_mean_E"),
+        expert_prior_E=tensors.get("expert_prior_E"),
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionTargets:

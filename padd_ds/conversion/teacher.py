@@ -22,11 +22,25 @@ class TeacherWeights:
 
     folder: Path
     file_of: dict[str, str]
+    sha256: dict[str, str]
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, read from disk, in the stored dtype."""
         with safe_open(self.folder / self.file_of[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of a tensor; no others are read."""
+        with safe_open(self.folder / self.file_of[name], framework="pt") as file:
+            return file.get_slice(name)[start:stop]
+
+    def pick(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """The rows `ids` of a tensor, which stays on disk but for their pages."""
+        return self.tensor(name)[ids]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor."""
+        return self.rows(name, 0, 1).dtype
 
     def files(self) -> list[Path]:
         """The weight files, in order of name."""
@@ -60,7 +74,8 @@ def open_weights(folder: Path, required: list[str]) -> TeacherWeights:
     for tensor in required:
         if tensor not in file_of:
             raise UserError(f"{folder}: tensor {tensor} is missing from its weights; the checkpoint is not complete")
-    return TeacherWeights(folder=folder, file_of=file_of)
+    sha256 = {name: sha256_of(folder / name) for name in ["config.json", *names]}
+    return TeacherWeights(folder=folder, file_of=file_of, sha256=sha256)
 
 
 def _shard_names(folder: Path) -> list[str]:

@@ -7,16 +7,14 @@ from typing import Any
 
 from padd_ds.errors import UserError
 from padd_ds.files import write_text_whole
+from padd_ds.report.html import document
 from padd_ds.report.numbers import readable
 from padd_ds.report.panels import NO_DATA, PHASES, routing_panels, training_panels
 from padd_ds.report.source import RunData, read_run
-from padd_ds.report.style import STYLE
 from padd_ds.report.tables import TableRow, html_table
 
 MAX_SAMPLES_PER_STEP = 4
 MAX_SAMPLE_CHARACTERS = 2000
-# Nothing may be loaded or run, whatever a response contains.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _HINT = (
     "Thin lines: single steps, or means of neighbouring ones in a long run. Thick lines: running mean. "
     "Beside a name: mean of the first tenth of the steps → mean of the last tenth."
@@ -36,24 +34,7 @@ def write_report(
     read = [read_run(folder) for folder in runs]
     body = [_head(title, subtitle, read), _headline(rows, notes)]
     body += [_run_section(run, index) for index, run in enumerate(read, start=1)]
-    write_text_whole(path, _document(title, "\n".join(body)))
-
-
-def _document(title: str, body: str) -> str:
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+    write_text_whole(path, document(title, "\n".join(body)))
 
 
 def _head(title: str, subtitle: str, runs: Sequence[RunData]) -> str:

@@ -6,10 +6,10 @@ Legend: L layers, E experts, R records over time.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 
+from padd_ds.report.html import figure, legend, scale
 from padd_ds.report.numbers import MINUS, NO_BREAK_SPACE, TIMES, readable
 from padd_ds.report.plots import curves, expert_map, layers_over_steps, stacked_bars
 from padd_ds.report.source import RunData, Series
@@ -155,10 +155,10 @@ def _curve_figure(run: RunData, panel: CurvePanel, key: str) -> str:
     series = {name: one for name, one in found.items() if one is not None}
     if not series:
         return ""
-    legend = _legend([(name, _from_to(one, 2 if panel.log else 3)) for name, one in series.items()])
+    names = legend([(name, _from_to(one, 2 if panel.log else 3)) for name, one in series.items()])
     caption = f"{panel.caption} {panel.remark(run)}"
     if not any((one.values > 0).any() if panel.log else len(one.values) for one in series.values()):
-        return _figure(panel.title, panel.unit, legend, NO_DATA, caption)
+        return figure(panel.title, panel.unit, names, NO_DATA, caption)
     svg = curves(
         panel.title,
         f"{key}/{panel.title}",
@@ -167,7 +167,7 @@ def _curve_figure(run: RunData, panel: CurvePanel, key: str) -> str:
         from_zero=panel.from_zero,
         reference=panel.reference(run),
     )
-    return _figure(panel.title, panel.unit, legend, svg, caption)
+    return figure(panel.title, panel.unit, names, svg, caption)
 
 
 def _phase_figure(run: RunData, key: str) -> list[str]:
@@ -176,11 +176,11 @@ def _phase_figure(run: RunData, key: str) -> list[str]:
     total_s = sum(one.values.sum() for one in series.values())
     if total_s <= 0 or len({len(one.values) for one in series.values()}) > 1:
         return []
-    legend = _legend([(name, f"{100 * one.values.sum() / total_s:.0f} %") for name, one in series.items()])
+    names = legend([(name, f"{100 * one.values.sum() / total_s:.0f} %") for name, one in series.items()])
     title = "Time per phase"
     svg = stacked_bars(title, f"{key}/{title}", list(series.values()))
     caption = f"{readable(total_s)} s in the logged steps. Good: even bars, most of each spent on rollout and update."
-    return [_figure(title, "seconds per step", legend, svg, caption)]
+    return [figure(title, "seconds per step", names, svg, caption)]
 
 
 def _load_map(record: Mapping, key: str) -> str:
@@ -192,22 +192,22 @@ def _load_map(record: Mapping, key: str) -> str:
         f"{_at(record)} Good: faint everywhere, an even load; "
         f"{dead} of {share_LE.size} experts had no token (full blue)."
     )
-    return _figure("Load", f"share {TIMES} E", _scale("0", "1", "≥ 2"), svg, caption)
+    return figure("Load", f"share {TIMES} E", scale("0", "1", "≥ 2"), svg, caption)
 
 
 def _bias_map(record: Mapping, key: str, name: str, title: str) -> str:
     if name not in record:
-        return _figure(title, "in router scores", "", NO_DATA, "")
+        return figure(title, "in router scores", "", NO_DATA, "")
     bias_LE = np.array(record[name], dtype=float)
     limit = float(np.abs(bias_LE).max())
     if limit == 0:
-        return _figure(title, "in router scores", "", '<p class="no-data">0 for every expert</p>', _at(record))
+        return figure(title, "in router scores", "", '<p class="no-data">0 for every expert</p>', _at(record))
     svg = expert_map(title, f"{key}/{name}", bias_LE, limit)
     caption = (
         f"{_at(record)} Good: orange where the load was too low and blue where it was too high, "
         f"{_in_spreads(record, bias_LE)}."
     )
-    return _figure(title, "in router scores", _scale(readable(-limit), "0", readable(limit)), svg, caption)
+    return figure(title, "in router scores", scale(readable(-limit), "0", readable(limit)), svg, caption)
 
 
 def _in_spreads(record: Mapping, bias_LE: np.ndarray) -> str:
@@ -228,7 +228,7 @@ def _violation_map(run: RunData, key: str) -> str:
         "Load violation per layer", f"{key}/violation", [r["step"] for r in records], values_RL, limit
     )
     caption = "Good: fades to the right; a layer that stays strong is not being balanced."
-    return _figure("Load violation per layer", EXCESS, _scale("0", "", readable(limit)), svg, caption)
+    return figure("Load violation per layer", EXCESS, scale("0", "", readable(limit)), svg, caption)
 
 
 def _from_to(series: Series, digits: int) -> str:
@@ -243,25 +243,3 @@ def _from_to(series: Series, digits: int) -> str:
 
 def _at(record: Mapping) -> str:
     return f"At step {record['step']}."
-
-
-def _scale(low: str, middle: str, high: str) -> str:
-    """The colour bar of a heat map; without a middle it runs from no colour to orange."""
-    kind = "diverging" if middle else "rising"
-    return f'<div class="scale"><span>{low}</span><i class="{kind}"></i><span>{high}</span></div>'
-
-
-def _legend(entries: list[tuple[str, str]]) -> str:
-    """Names in the colours of their series, each with a value."""
-    keys = "".join(
-        f'<li class="series-{index}"><i></i>{escape(name)} <b>{escape(value)}</b></li>'
-        for index, (name, value) in enumerate(entries, start=1)
-    )
-    return f'<ul class="legend">{keys}</ul>'
-
-
-def _figure(title: str, unit: str, key: str, drawing: str, caption: str) -> str:
-    """Four rows (heading, key, drawing, caption), which figures side by side share."""
-    heading = f"<h4>{escape(title)} <small>{escape(unit)}</small></h4>"
-    caption = f"<figcaption>{escape(caption.strip())}</figcaption>"
-    return f"<figure>{heading}<div>{key}</div>{drawing}{caption}</figure>"

@@ -34,8 +34,9 @@ def curves(
     log: bool = False,
     from_zero: bool = False,
     reference: float | None = None,
+    across: str = "step",
 ) -> str:
-    """Values over steps: each logged step thin, their running mean thick.
+    """Values over steps (or what `across` names): each logged step thin, their running mean thick.
 
     A log axis shows the values above 0, and there must be one. `from_zero` starts the value axis at 0;
     `reference` is a dashed level.
@@ -46,7 +47,7 @@ def curves(
             _curve(axes, one, colour)
         if reference is not None:
             axes.axhline(reference, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        _step_axis(axes)
+        _step_axis(axes, across)
         _value_axis(axes, log, from_zero)
     return result.svg
 
@@ -115,10 +116,10 @@ def _curve(axes: Axes, series: Series, colour: str) -> None:
     axes.plot(steps, running_mean(values, 2 * (len(values) // 24) + 1), color=colour, linewidth=2.0)
 
 
-def _step_axis(axes: Axes) -> None:
+def _step_axis(axes: Axes, name: str = "step") -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: readable(value, 6)))
-    axes.set_xlabel("step", labelpad=2)
+    axes.set_xlabel(name, labelpad=2)
 
 
 def _value_axis(axes: Axes, log: bool, from_zero: bool) -> None:

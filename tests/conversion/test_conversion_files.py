@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-from padd_ds.conversion.calibration import capture_ffn_inputs, read_texts, token_windows
+from padd_ds.conversion.calibration import read_texts, token_windows
 from padd_ds.conversion.families import layer_map
 from padd_ds.conversion.targets import (
     FILE_NAME,
@@ -17,7 +16,7 @@ from padd_ds.conversion.targets import (
     load_targets,
     save_targets,
 )
-from padd_ds.conversion.writer import ShardWriter
+from padd_ds.conversion.writer import write_index, write_shard
 from padd_ds.data.problems import Problem
 from padd_ds.data.split import split_problems
 from padd_ds.errors import UserError
@@ -51,7 +50,7 @@ def test_windows_hold_the_first_tokens_of_the_text(tmp_path: Path) -> None:
     path = tmp_path / "data.txt"
     path.write_text("abcdefgh" * 100, encoding="utf-8")
     tokenizer = byte_tokenizer()
-    windows_WT = token_windows(path, read_texts(path, "text"), tokenizer, 600)
+    windows_WT = token_windows(path, "--tokens", read_texts(path, "text"), tokenizer, 600)
     assert windows_WT.shape == (2, 256)
     assert tokenizer.decode(windows_WT.flatten()) == "abcdefgh" * 64
 
@@ -59,14 +58,16 @@ def test_windows_hold_the_first_tokens_of_the_text(tmp_path: Path) -> None:
 def test_records_are_separated_by_the_end_token(tmp_path: Path) -> None:
     path = write_records(tmp_path / "data.jsonl", [{"text": "ab"}, {"text": "c"}])
     tokenizer = byte_tokenizer()
-    assert tokenizer.decode(token_windows(path, read_texts(path, "text"), tokenizer, 100)[0]) == "ab</s>c</s>"
+    windows_WT = token_windows(path, "--tokens", read_texts(path, "text"), tokenizer, 5)
+    assert tokenizer.decode(windows_WT[0]) == "ab</s>c</s>"
 
 
-def test_empty_calibration_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["", "short"])
+def test_file_with_too_few_tokens_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "data.txt"
-    path.write_text("")
-    with pytest.raises(UserError, match="holds no text"):
-        token_windows(path, read_texts(path, "text"), byte_tokenizer(), 100)
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"data.txt: holds {len(text)} tokens, and --calibration-tokens asks for 100"):
+        token_windows(path, "--calibration-tokens", read_texts(path, "text"), byte_tokenizer(), 100)
 
 
 def test_a_part_holds_the_questions_that_training_leaves_out(tmp_path: Path) -> None:
@@ -78,30 +79,16 @@ def test_a_part_holds_the_questions_that_training_leaves_out(tmp_path: Path) -> 
         assert list(read_texts(path, "q,a", part)) == [f"{p.question}\n{p.answer}" for p in parts[part]]
 
 
-def test_captured_inputs_give_the_ffn_outputs_of_the_model(llama_teacher: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(llama_teacher).eval()
-    windows_WT = torch.arange(20 * 16).view(20, 16) % 256
-    captured = capture_ffn_inputs(model, windows_WT, torch.float32)
-    outputs: list[torch.Tensor] = []
-    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: outputs.append(output))
-    with torch.no_grad():
-        model(windows_WT)
-        expected_SD = outputs[0].flatten(0, 1)
-        assert torch.allclose(model.model.layers[1].mlp(captured[1]), expected_SD, atol=1e-5)
-    assert [len(x_SD) for x_SD in captured] == [320, 320]
-
-
-def test_shards_are_cut_at_the_size_limit_and_indexed(tmp_path: Path) -> None:
-    tensors = {f"t{index}": torch.full((10,), float(index)) for index in range(5)}
-    writer = ShardWriter(tmp_path, shard_bytes=80)
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    writer.close()
+def test_shards_are_named_finally_from_the_start_and_indexed(tmp_path: Path) -> None:
+    shards = [{"a": torch.zeros(3), "b": torch.ones(2, dtype=torch.bfloat16)}, {"c": torch.arange(5)}]
+    for number, tensors in enumerate(shards, start=1):
+        write_shard(tmp_path, number, 2, tensors)
+    write_index(tmp_path, 2)
     names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert names == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert names == [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 200
-    for name, tensor in tensors.items():
+    assert index["metadata"]["total_size"] == 3 * 4 + 2 * 2 + 5 * 8
+    for name, tensor in {**shards[0], **shards[1]}.items():
         assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
 
 

@@ -15,9 +15,8 @@ from padd_ds.conversion.prior import cluster_activation_means
 from padd_ds.conversion.quality import between_cluster_share, silhouette, size_variation
 from padd_ds.conversion.router import (
     LOGIT_SPREAD,
-    calibrated_router,
+    CalibratedRouter,
     centroid_router,
-    load_variation,
     logit_spread,
     make_router,
 )
@@ -115,12 +114,16 @@ def test_teacher_and_student_measure_activations_alike() -> None:
     assert float(teacher_E.mean()) == pytest.approx(1.0)
 
 
-def test_calibrated_router_orders_experts_as_a_log_linear_target_does() -> None:
+def test_calibrated_router_orders_experts_as_a_linear_target_does() -> None:
     x_SD = torch.randn(400, 5, generator=seeded(1)) + 1.0
-    contribution_SE = (0.3 * x_SD @ torch.randn(5, 4, generator=seeded(2))).exp()
-    router_ED = calibrated_router(x_SD, contribution_SE)
-    same = (x_SD @ router_ED.T).argsort(1) == contribution_SE.argsort(1)
-    assert float(same.float().mean()) > 0.99
+    target_SE = x_SD @ torch.randn(5, 4, generator=seeded(2)) + torch.tensor([0.0, 3.0, -2.0, 1.0])
+    weight_ED, intercept_E = CalibratedRouter(x_SD).fit(target_SE)
+    same = (x_SD @ weight_ED.T + intercept_E).argsort(1) == target_SE.argsort(1)
+    assert float(same.float().mean()) > 0.98
+    assert torch.allclose(intercept_E, torch.tensor([-0.5, 2.5, -2.5, 0.5]), atol=0.02)
+    without_ED, zero_E = CalibratedRouter(x_SD, intercept=False).fit(target_SE)
+    assert not zero_E.any()
+    assert float((without_ED - weight_ED).norm()) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["calibrated", "centroid", "random"])
@@ -128,15 +131,16 @@ def test_logits_spread_by_the_stated_amount(kind: str) -> None:
     x_SD = 3 * torch.randn(300, 6, generator=seeded(1))
     contribution_SE = torch.rand(300, 4, generator=seeded(2))
     gate_FD, members_EG = torch.randn(12, 6, generator=seeded(3)), torch.arange(12).view(4, 3)
-    router_ED = make_router(kind, gate_FD, members_EG, x_SD, contribution_SE, seeded(4))
-    assert logit_spread(x_SD @ router_ED.T) == pytest.approx(LOGIT_SPREAD, rel=1e-4)
+    router = make_router(kind, gate_FD, members_EG, x_SD, contribution_SE, seeded(4))
+    assert logit_spread(x_SD @ router.weight_ED.T) == pytest.approx(LOGIT_SPREAD, rel=1e-4)
+    assert (kind == "calibrated") == bool(router.bias_E.any())
 
 
 def test_centroid_router_without_data_spreads_on_unit_inputs() -> None:
     gate_FD, members_EG = torch.randn(64, 32, generator=seeded(1)), torch.arange(64).view(8, 8)
-    router_ED = make_router("centroid", gate_FD, members_EG, None, None, seeded())
+    router = make_router("centroid", gate_FD, members_EG, None, None, seeded())
     x_SD = torch.randn(2000, 32, generator=seeded(2))
-    assert logit_spread(x_SD @ router_ED.T) == pytest.approx(LOGIT_SPREAD, rel=0.1)
+    assert logit_spread(x_SD @ router.weight_ED.T) == pytest.approx(LOGIT_SPREAD, rel=0.1)
 
 
 def test_centroid_rows_are_means_of_gate_rows() -> None:
@@ -148,14 +152,6 @@ def test_centroid_rows_are_means_of_gate_rows() -> None:
 def test_calibrated_router_without_data_is_refused() -> None:
     with pytest.raises(ValueError, match="needs calibration data"):
         make_router("calibrated", torch.ones(4, 2), torch.arange(4).view(2, 2), None, None, seeded())
-
-
-def test_load_variation_sees_a_favourite_expert() -> None:
-    x_SD = torch.randn(500, 3, generator=seeded(1)).abs()
-    favourite_ED = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
-    # One expert of four takes every token, so loads are 1, 0, 0, 0 of the tokens: variation sqrt(3).
-    assert load_variation(favourite_ED, x_SD, 1) == pytest.approx(3**0.5)
-    assert load_variation(favourite_ED, x_SD, 4) == 0
 
 
 def test_shared_slices_take_the_most_important_neurons() -> None:

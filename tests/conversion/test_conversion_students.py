@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from padd_ds.conversion.options import ConversionOptions
@@ -30,6 +30,13 @@ def load_all_active(folder: Path) -> Any:
     for layer in model.model.layers:
         layer.mlp.gate.weight.data.zero_()
     return model.eval()
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("model-*.safetensors")):
+        tensors.update(load_file(path))
+    return tensors
 
 
 @torch.no_grad()
@@ -103,9 +110,9 @@ def test_lower_precision_student_passes_its_check(
     assert report.exactness.largest_error <= 1e-5
     assert report.exactness.student_rounding_error is not None
     assert 0 < report.exactness.student_rounding_error <= report.exactness.teacher_rounding_error
-    with safe_open(tmp_path / "student/model-00001-of-00001.safetensors", "pt") as file:
-        assert file.get_tensor("lm_head.weight").dtype == getattr(torch, dtype)
-        assert file.get_tensor("model.layers.0.mlp.gate.e_score_correction_bias").dtype == torch.float32
+    tensors = stored_tensors(tmp_path / "student")
+    assert tensors["lm_head.weight"].dtype == getattr(torch, dtype)
+    assert tensors["model.layers.0.mlp.gate.e_score_correction_bias"].dtype == torch.float32
 
 
 def test_tensors_are_stored_per_expert_under_their_public_names(
@@ -113,9 +120,9 @@ def test_tensors_are_stored_per_expert_under_their_public_names(
 ) -> None:
     convert(options(llama_teacher, tmp_path / "student", calibration_file))
     index = json.loads((tmp_path / "student/model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == {"model-00001-of-00001.safetensors"}
-    with safe_open(tmp_path / "student/model-00001-of-00001.safetensors", "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in index["weight_map"]}
+    assert set(index["weight_map"].values()) == {f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(tmp_path / "student").items()}
+    assert shapes.keys() == index["weight_map"].keys()
     assert shapes["model.layers.1.mlp.experts.5.gate_proj.weight"] == (8, 32)
     assert shapes["model.layers.1.mlp.experts.5.down_proj.weight"] == (32, 8)
     assert shapes["model.layers.1.mlp.shared_experts.up_proj.weight"] == (16, 32)
@@ -140,7 +147,7 @@ def test_same_seed_gives_the_same_bytes(
 ) -> None:
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         convert(options(llama_teacher, tmp_path / name, calibration_file, seed=seed, cluster=cluster))
-    for file in ("model-00001-of-00001.safetensors", "padd_targets.safetensors"):
+    for file in ("model-00002-of-00004.safetensors", "padd_targets.safetensors"):
         one, two, other = ((tmp_path / name / file).read_bytes() for name in ("one", "two", "other"))
         assert one == two
         assert one != other
@@ -173,13 +180,13 @@ def test_contiguous_keeps_the_routed_neurons_in_order(tmp_path: Path, llama_teac
         assert torch.equal(routed, routed.sort().values)
 
 
-def test_shared_slices_do_not_depend_on_the_grouping(
+def test_shared_slices_of_the_first_layer_do_not_depend_on_the_grouping(
     tmp_path: Path, llama_teacher: Path, calibration_file: Path
 ) -> None:
     shared = []
     for cluster in ("activations", "weights", "random", "contiguous"):
         convert(options(llama_teacher, tmp_path / cluster, calibration_file, cluster=cluster))
-        shared.append(load_targets(tmp_path / cluster).assignment_LF >= 6)
+        shared.append(load_targets(tmp_path / cluster).assignment_LF[0] >= 6)
     assert all(torch.equal(other, shared[0]) for other in shared[1:])
 
 
@@ -219,3 +226,35 @@ def test_existing_output_is_replaced_with_overwrite(tmp_path: Path, llama_teache
     assert not (tmp_path / "student/old").exists()
     assert (tmp_path / "student/config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_refit_lowers_the_error_and_leaves_the_proof_to_the_plain_slices(
+    tmp_path: Path, llama_teacher: Path, calibration_file: Path
+) -> None:
+    plain, refitted = (
+        convert(options(llama_teacher, tmp_path / str(refit), calibration_file, refit=refit)) for refit in (False, True)
+    )
+    assert refitted.exactness.largest_error <= 1e-5
+    for before, after in zip(plain.layers[:1], refitted.layers[:1], strict=True):
+        assert after["reconstruction_error"] < 0.9 * before["reconstruction_error"]
+    same, changed = (stored_tensors(tmp_path / name) for name in ("False", "True"))
+    differ = {name for name in same if not torch.equal(same[name], changed[name]) and name.startswith("model.layers.0")}
+    assert differ
+    assert all("down_proj" in name for name in differ)
+
+
+def test_perplexities_are_those_of_the_written_models(
+    tmp_path: Path, llama_teacher: Path, calibration_file: Path
+) -> None:
+    text = {"evaluation": calibration_file, "evaluation_tokens": 600, "controls": True}
+    report = convert(options(llama_teacher, tmp_path / "student", calibration_file, **text))
+    tokenizer = AutoTokenizer.from_pretrained(llama_teacher)
+    ids_BT = torch.tensor(tokenizer(calibration_file.read_text())["input_ids"][:512]).view(2, 256)
+    for who, folder in (("teacher", llama_teacher), ("student", tmp_path / "student")):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            expected = float(model(ids_BT, labels=ids_BT).loss.exp())
+        assert report.contents["perplexity"][who] == pytest.approx(expected, rel=1e-4)
+    random = convert(options(llama_teacher, tmp_path / "random", calibration_file, cluster="random", **text))
+    assert report.contents["perplexity"]["random"] == pytest.approx(random.contents["perplexity"]["student"], rel=1e-5)
+    assert report.contents["controls"].keys() == {"random", "contiguous"}

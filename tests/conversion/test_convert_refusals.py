@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config
 
 from padd_ds import convert
-from padd_ds.conversion import exactness, writer
+from padd_ds.conversion import plan, sweep, work
+from padd_ds.conversion.block import Block
 from tests.conversion.tiny_teachers import make_teacher
 
 Arguments = dict[str, Any]
@@ -143,40 +144,46 @@ def test_existing_output_is_kept(refused: Callable[..., str], tmp_path: Path) ->
     assert (tmp_path / "mine/file").read_text() == "kept"
 
 
-def test_full_disk(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, "save_file", full)
-    assert "the disk is full" in refused()
+    monkeypatch.setattr(work, "save_file", full)
+    message = refused(output=tmp_path / "full/student")
+    assert "the disk is full" in message
+    assert "stays in" in message
+    assert [path.name for path in (tmp_path / "full").iterdir()] == [".student.partial"]
+
+
+def test_too_little_disk_is_found_before_writing(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "free_bytes", lambda path: 1000)
+    assert "the student needs 0.0 GiB and 0.0 GiB are free" in refused()
 
 
 def test_wrong_student_names_the_first_differing_layer(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = exactness.load_fully_active
+    write = sweep.write_shard
 
-    def spoiled(*args: Any) -> Any:
-        model = load(*args)
-        model.model.layers[1].mlp.shared_experts.down_proj.weight.data[0] += 1.0
-        return model
+    def spoiled(folder: Path, number: int, total: int, tensors: Any) -> Path:
+        name = "model.layers.1.mlp.shared_experts.down_proj.weight"
+        if name in tensors:
+            tensors = {**tensors, name: tensors[name] + 1.0}
+        return write(folder, number, total, tensors)
 
-    monkeypatch.setattr(exactness, "load_fully_active", spoiled)
+    monkeypatch.setattr(sweep, "write_shard", spoiled)
     assert "first differs from its teacher at layer 1" in refused()
 
 
 def test_student_that_is_right_in_fp32_only(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    load = exactness.load_fully_active
+    forward = Block.forward
 
-    def coarse(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output if output.dtype == torch.float32 else output * 1.1
+    def coarse(self: Block, states_BTD: torch.Tensor) -> torch.Tensor:
+        output_BTD = forward(self, states_BTD)
+        exact = states_BTD.dtype == torch.float32 or not hasattr(self.ffn, "experts")
+        return output_BTD if exact else output_BTD * (1 + 0.3 * torch.randn_like(output_BTD))
 
-    def spoiled(*args: Any) -> Any:
-        model = load(*args)
-        model.lm_head.register_forward_hook(coarse)
-        return model
-
-    monkeypatch.setattr(exactness, "load_fully_active", spoiled)
+    monkeypatch.setattr(Block, "forward", coarse)
     assert "in torch.bfloat16 the student's logits are off its teacher's by" in refused(dtype="bfloat16")
 
 
