@@ -8,6 +8,7 @@ from padd_ds.conversion.options import (
     DTYPE_NAMES,
     PARTS,
     ROUTERS,
+    WEIGHT_FEATURES,
     ConversionOptions,
 )
 from padd_ds.errors import run_cli
@@ -27,6 +28,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "instead of a new student; --experts, --shared-experts and --top-k are then its own",
     )
     parser.add_argument("--cluster", default="activations", choices=CLUSTERINGS, help="how neurons are grouped")
+    parser.add_argument(
+        "--weight-features",
+        default="gate",
+        choices=WEIGHT_FEATURES,
+        help="weights that --cluster weights and mixed compare neurons by (default gate)",
+    )
+    parser.add_argument(
+        "--restarts", default=1, type=int, metavar="N", help="k-means searches per layer, the best counts (default 1)"
+    )
+    parser.add_argument(
+        "--overcluster",
+        default=1,
+        type=int,
+        metavar="M",
+        help="let k-means make M clusters per group and merge them by average linkage (default 1: none to merge)",
+    )
     parser.add_argument("--router", default="calibrated", choices=ROUTERS, help="where the router comes from")
     parser.add_argument("--calibration", type=Path, help="text or .jsonl file of calibration data")
     parser.add_argument(
@@ -41,16 +58,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration-tokens", default=16384, type=int, help="tokens used of it (default 16384)")
     parser.add_argument(
         "--regroup-rounds",
-        default=3,
+        default=4,
         type=int,
         metavar="N",
-        help="refine the groups of --cluster activations N times towards what a router can foresee (default 3)",
+        help="refine the groups of --cluster activations or mixed N times towards what a router can foresee "
+        "(default 4)",
     )
     parser.add_argument(
         "--refit",
         action="store_true",
         help="fit down_proj to what the routing leaves active, on the calibration data; better before training, but "
         "with all experts active the student is then no longer its teacher",
+    )
+    parser.add_argument(
+        "--replicate",
+        default=1,
+        type=int,
+        metavar="R",
+        help="copies of every routed expert, each for its own kind of token: R times the capacity at the same cost "
+        "per token (default 1)",
+    )
+    parser.add_argument(
+        "--reinit-share",
+        default=0.0,
+        type=float,
+        metavar="P",
+        help="share of the neurons of all copies but the first that are drawn anew (default 0)",
     )
     parser.add_argument("--evaluation", type=Path, help="text or .jsonl file to report the perplexity on")
     parser.add_argument("--evaluation-tokens", default=16384, type=int, help="tokens used of it (default 16384)")

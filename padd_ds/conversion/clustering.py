@@ -4,17 +4,23 @@ Shapes: P points, C features of a point, E clusters, G = P / E points of a clust
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
+import numpy as np
 import torch
 
 MAX_ITERATIONS = 50
-MAX_SWEEPS = 20
-SWEEPS_PER_ITERATION = 2  # the centres move before more would pay
+PRICE_STEPS = 12
+PRICE_DAMPING = 0.9  # of the step that would balance a cluster if all others stood still; at 1 the prices can oscillate
+PRICED_EXCESS = 0.005  # share of the points that may be in excess of the cluster sizes when the prices are good enough
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clustering:
-    """A balanced partition: `assignment_P` int64 in 0..E-1, `centroids_EC`, cost after every iteration."""
+    """A balanced partition: `assignment_P` int64 in 0..E-1, the means `centroids_EC`, cost before and after each step.
+
+    costs: up to rounding, about 1e-7 of the points' sum of squares.
+    """
 
     assignment_P: torch.Tensor
     centroids_EC: torch.Tensor
@@ -22,37 +28,65 @@ class Clustering:
 
 
 def balanced_kmeans(
-    points_PC: torch.Tensor, n_clusters: int, generator: torch.Generator, max_iterations: int = MAX_ITERATIONS
+    points_PC: torch.Tensor,
+    n_clusters: int,
+    generator: torch.Generator,
+    max_iterations: int = MAX_ITERATIONS,
+    restarts: int = 1,
 ) -> Clustering:
     """min sum_j sum_{k in C_j} ||w_k - mu_j||^2 with |C_j| = P / E exactly (PADD eq. 1), a local minimum.
 
-    Alternates means with `balanced_assignment`, then with trades that count how the means would follow
-    them; a step that does not lower the cost ends the search. Starts from k-means++ centres drawn with
-    `generator`. ValueError unless E divides P.
+    The best of `restarts` searches, each from its own k-means++ centres drawn with `generator`, the first of equals.
+    ValueError unless E divides P and there is a search.
     """
     check_divides(len(points_PC), n_clusters)
+    if restarts < 1:
+        raise ValueError(f"restarts is {restarts}, but at least one search is needed")
     points_PC = points_PC.float()
-    start_P = torch.arange(len(points_PC), device=points_PC.device) % n_clusters
-    centroids_EC = kmeans_plus_plus(points_PC, n_clusters, generator)
-    assignment_P = balanced_assignment(distances(points_PC, centroids_EC), start_P)
+    searches = (
+        kmeans_from_centres(points_PC, kmeans_plus_plus(points_PC, n_clusters, generator), max_iterations)
+        for _ in range(restarts)
+    )
+    return min(searches, key=lambda found: found.costs[-1])
+
+
+def kmeans_from_centres(
+    points_PC: torch.Tensor, start_EC: torch.Tensor, max_iterations: int = MAX_ITERATIONS
+) -> Clustering:
+    """Balanced k-means from given centres: one assignment to them, then `refine`. ValueError unless E divides P."""
+    check_divides(len(points_PC), len(start_EC))
+    points_PC = points_PC.float()
+    dealt_P = torch.arange(len(points_PC), device=points_PC.device) % len(start_EC)
+    assignment_P = balanced_assignment(distances(points_PC, start_EC), dealt_P)
+    return refine(points_PC, assignment_P, len(start_EC), max_iterations)
+
+
+def refine(
+    points_PC: torch.Tensor, assignment_P: torch.Tensor, n_clusters: int, max_iterations: int = MAX_ITERATIONS
+) -> Clustering:
+    """Lower the within-cluster cost of a balanced partition step by step; sizes stay and the cost never rises.
+
+    Each step assigns the points to the means, counting how the means would follow them. Where that does not lower the
+    cost, it assigns them to the means as they stand; where that does not either, the search ends.
+    """
+    points_PC = points_PC.float()
+    square_P = squared_lengths(points_PC)
+    square_sum = float(square_P.sum(dtype=torch.float64))
     centroids_EC = cluster_means(points_PC, assignment_P, n_clusters)
-    square_sum = float(points_PC.square().sum(dtype=torch.float64))
     costs = [square_sum - _explained(centroids_EC, len(points_PC))]
-    follow = False
+    price_E = None
     for _ in range(max_iterations):
-        cost_PE = distances(points_PC, centroids_EC)
-        if follow:
-            cost_PE = following_means(cost_PE, assignment_P)
-        moved_P = balanced_assignment(cost_PE, assignment_P, SWEEPS_PER_ITERATION)
-        moved_EC = cluster_means(points_PC, moved_P, n_clusters)
-        cost = square_sum - _explained(moved_EC, len(points_PC))
-        if cost < costs[-1]:
-            assignment_P, centroids_EC = moved_P, moved_EC
-            costs.append(cost)
-        elif follow:
-            break
+        plain_PE = distances(points_PC, centroids_EC, square_P)
+        for cost_PE in (following_means(plain_PE, assignment_P), plain_PE):
+            moved_P, price_E = _assign(cost_PE, assignment_P, price_E)
+            moved_EC = cluster_means(points_PC, moved_P, n_clusters)
+            cost = square_sum - _explained(moved_EC, len(points_PC))
+            if cost < costs[-1]:
+                break
         else:
-            follow = True
+            break
+        assignment_P, centroids_EC = moved_P, moved_EC
+        costs.append(cost)
     return Clustering(assignment_P=assignment_P, centroids_EC=centroids_EC, costs=costs)
 
 
@@ -62,68 +96,140 @@ def _explained(centroids_EC: torch.Tensor, n_points: int) -> float:
 
 
 def following_means(cost_PE: torch.Tensor, assignment_P: torch.Tensor) -> torch.Tensor:
-    """Squared distances as they count when a single point moves and both means follow it (Hartigan's rule).
+    """[P, E] squared distances as they count when a single point moves and both means follow it (Hartigan's rule).
 
     A point sits nearer to the mean it is part of than to the same mean without it, most of all in many
     dimensions; plain distances therefore stop too early.
     """
     size = len(cost_PE) / cost_PE.shape[1]
-    own_PE = torch.nn.functional.one_hot(assignment_P, cost_PE.shape[1]).bool()
-    return torch.where(own_PE, cost_PE * size / max(size - 1, 1), cost_PE * size / (size + 1))
+    own_P1 = assignment_P[:, None]
+    return (cost_PE * (size / (size + 1))).scatter_(1, own_P1, cost_PE.gather(1, own_P1) * (size / max(size - 1, 1)))
 
 
-def balanced_assignment(cost_PE: torch.Tensor, start_P: torch.Tensor, max_sweeps: int = MAX_SWEEPS) -> torch.Tensor:
-    """Improve the balanced assignment `start_P` until no two clusters can trade points for less cost.
+def balanced_assignment(cost_PE: torch.Tensor, start_P: torch.Tensor) -> torch.Tensor:
+    """[P] int64: the balanced assignment of the least total cost, to rounding; `start_P` where that is no dearer."""
+    return _assign(cost_PE, start_P, None)[0]
 
-    Every pair of clusters is split anew in the best way (the half of their points that is relatively
-    nearest goes to the first), E / 2 disjoint pairs at a time as in a round-robin tournament.
-    Cluster sizes never change and the cost never rises. Stops after `max_sweeps` rounds of all pairs.
+
+def _assign(
+    cost_PE: torch.Tensor, start_P: torch.Tensor, price_E: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`balanced_assignment`, the prices under which every point is in its cheapest cluster), from guessed prices."""
+    if not cost_PE.isfinite().all():
+        raise ValueError("the costs of an assignment are not finite: the points have infinite or undefined features")
+    choice_P, price_E = _nearly_balanced(cost_PE.T.contiguous(), price_E)
+    # Little is left to do, one small step after the other: not for an accelerator.
+    cost, price = cost_PE.cpu().double().contiguous().numpy(), price_E.cpu().double().numpy()
+    labels, price = _settle(cost, choice_P.cpu().numpy(), price)
+    settled_P = torch.from_numpy(labels).to(start_P.device)
+    better = _total(cost_PE, settled_P) < _total(cost_PE, start_P)
+    return settled_P if better else start_P, torch.from_numpy(price).to(price_E)
+
+
+def _total(cost_PE: torch.Tensor, assignment_P: torch.Tensor) -> float:
+    return float(cost_PE.gather(1, assignment_P[:, None]).sum(dtype=torch.float64))
+
+
+def _nearly_balanced(cost_EP: torch.Tensor, guess_E: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(choice_P, price_E): every point's cheapest cluster under prices that nearly balance the clusters.
+
+    Ascends the dual of the assignment problem, from the guess or from no prices, whichever balances better: every
+    price moves towards the one at which exactly G points would take the cluster at the others' prices.
+    """
+    n_clusters, n_points = cost_EP.shape
+    size = n_points // n_clusters
+
+    def excess(choice_P: torch.Tensor) -> int:
+        return int((torch.bincount(choice_P, minlength=n_clusters) - size).clamp(min=0).sum())
+
+    price_E = cost_EP.new_zeros(n_clusters)
+    cheapest_P, choice_P = cost_EP.min(dim=0)
+    if guess_E is not None:
+        guessed_P, guessed_choice_P = (cost_EP + guess_E[:, None]).min(dim=0)
+        if excess(guessed_choice_P) < excess(choice_P):
+            price_E, cheapest_P, choice_P = guess_E, guessed_P, guessed_choice_P
+    for _ in range(PRICE_STEPS):
+        if excess(choice_P) <= PRICED_EXCESS * n_points:
+            break
+        own_1P = choice_P[None]
+        second_P = (cost_EP + price_E[:, None]).scatter_(0, own_1P, torch.inf).amin(dim=0)
+        bid_EP = (cheapest_P - cost_EP).scatter_(0, own_1P, second_P - cost_EP.gather(0, own_1P))
+        balanced_E = bid_EP.topk(size, dim=1, sorted=False).values.amin(dim=1)
+        price_E = price_E + PRICE_DAMPING * (balanced_E - price_E)
+        cheapest_P, choice_P = (cost_EP + price_E[:, None]).min(dim=0)
+    return choice_P, price_E
+
+
+def _settle(cost_PE: np.ndarray, labels_P: np.ndarray, price_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(cluster of every point, prices): balanced, and every point in its cheapest cluster, so of least total cost.
+
+    Starts from `labels_P`, the cheapest clusters under `price_E`. Points in excess leave along the cheapest way to a
+    cluster with room, each cluster on the way passing on the point that loses least (successive shortest paths).
     """
     n_points, n_clusters = cost_PE.shape
-    members_EG = torch.argsort(start_P, stable=True).view(n_clusters, n_points // n_clusters)
-    for _ in range(max_sweeps if n_clusters > 1 else 0):
-        changed = False
-        for first, second in tournament(n_clusters, cost_PE.device):
-            changed |= _split_pairs(cost_PE, members_EG, first, second)
-        if not changed:
-            break
-    assignment_P = torch.empty_like(start_P)
-    clusters_E = torch.arange(n_clusters, device=start_P.device)
-    assignment_P[members_EG.flatten()] = clusters_E.repeat_interleave(members_EG.shape[1])
-    return assignment_P
+    labels_P = labels_P.copy()
+    surplus_E = np.bincount(labels_P, minlength=n_clusters) - n_points // n_clusters
+    step_EE = np.full((n_clusters, n_clusters), np.inf)
+    stale = list(range(n_clusters))
+    while surplus_E.any():
+        for cluster in stale:
+            step_EE[cluster] = _steps(cost_PE, labels_P, cluster).min(axis=0, initial=np.inf)
+        far_E, before_E = _ways(np.maximum(step_EE + price_E - price_E[:, None], 0), surplus_E > 0)
+        way = _way_to(int(np.where(surplus_E < 0, far_E, np.inf).argmin()), before_E)
+        price_E = price_E - np.minimum(far_E, far_E[way[-1]])
+        moved = _pass_on(cost_PE, labels_P, way, min(surplus_E[way[0]], -surplus_E[way[-1]]))
+        surplus_E[way[0]] -= moved
+        surplus_E[way[-1]] += moved
+        stale = way
+    return labels_P, price_E
 
 
-def _split_pairs(cost_PE: torch.Tensor, members_EG: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> bool:
-    pool = torch.cat([members_EG[first], members_EG[second]], dim=1)
-    preference = cost_PE[pool, first[:, None]] - cost_PE[pool, second[:, None]]
-    group = members_EG.shape[1]
-    # A stable sort keeps ties where they are, so that a settled pair does not change for ever.
-    order = torch.argsort(preference, dim=1, stable=True)
-    changed = bool((order[:, :group] >= group).any())
-    if changed:
-        pool = pool.gather(1, order)
-        members_EG[first], members_EG[second] = pool[:, :group], pool[:, group:]
-    return changed
+def _steps(cost_PE: np.ndarray, labels_P: np.ndarray, cluster: int) -> np.ndarray:
+    """[members of the cluster, E]: what it costs them to go elsewhere."""
+    cost_GE = cost_PE[labels_P == cluster]
+    return cost_GE - cost_GE[:, cluster : cluster + 1]
 
 
-def tournament(n_clusters: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Rounds of disjoint pairs (first, second) in which every two clusters meet exactly once."""
-    seats = list(range(n_clusters + n_clusters % 2))  # an odd count gets an empty seat, met by whoever rests
-    rounds = []
-    for _ in range(len(seats) - 1):
-        half = len(seats) // 2
-        pairs = zip(seats[:half], reversed(seats[half:]), strict=True)
-        met = [pair for pair in pairs if max(pair) < n_clusters]
-        first, second = torch.tensor(met, device=device).T
-        rounds.append((first, second))
-        seats = [seats[0], seats[-1], *seats[1:-1]]
-    return rounds
+def _ways(length_EE: np.ndarray, source_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(length of the shortest way from any source, cluster before on that way or -1), each [E] (Bellman-Ford)."""
+    far_E = np.where(source_E, 0.0, np.inf)
+    before_E = np.full(len(far_E), -1)
+    while True:
+        through_EE = far_E[:, None] + length_EE
+        last_E = through_EE.argmin(axis=0)
+        reached_E = through_EE[last_E, np.arange(len(far_E))]
+        nearer_E = reached_E < far_E
+        if not nearer_E.any():
+            return far_E, before_E
+        far_E = np.where(nearer_E, reached_E, far_E)
+        before_E = np.where(nearer_E, last_E, before_E)
+
+
+def _way_to(cluster: int, before_E: np.ndarray) -> list[int]:
+    way = [cluster]
+    while before_E[way[-1]] >= 0:
+        way.append(int(before_E[way[-1]]))
+    return way[::-1]
+
+
+def _pass_on(cost_PE: np.ndarray, labels_P: np.ndarray, way: list[int], at_most: int) -> int:
+    """Move points along a way, in place; how many to each next cluster: one, or more where as many are equally near."""
+    leaving = []
+    for here, there in pairwise(way):
+        members = np.flatnonzero(labels_P == here)
+        step_G = cost_PE[members, there] - cost_PE[members, here]
+        leaving.append(members[step_G == step_G.min()])
+    moved = min(at_most, *map(len, leaving))
+    for points, there in zip(leaving, way[1:], strict=True):
+        labels_P[points[:moved]] = there
+    return moved
 
 
 def kmeans_plus_plus(points_PC: torch.Tensor, n_clusters: int, generator: torch.Generator) -> torch.Tensor:
     """[E, C] starting centres: points drawn with probability proportional to the squared distance so far."""
     chosen = [int(torch.randint(len(points_PC), (1,), generator=generator))]
-    nearest_P = distances(points_PC, points_PC[chosen])[:, 0]
+    square_P = squared_lengths(points_PC)
+    nearest_P = distances(points_PC, points_PC[chosen], square_P)[:, 0]
     for _ in range(n_clusters - 1):
         weights_P = nearest_P.clamp(min=0).double().cpu()
         weights_P[chosen] = 0
@@ -132,20 +238,29 @@ def kmeans_plus_plus(points_PC: torch.Tensor, n_clusters: int, generator: torch.
         cumulative_P = weights_P.cumsum(0)
         draw = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative_P[-1]
         chosen.append(int(torch.searchsorted(cumulative_P, draw, right=True).clamp(max=len(points_PC) - 1)))
-        nearest_P = torch.minimum(nearest_P, distances(points_PC, points_PC[chosen[-1:]])[:, 0])
+        nearest_P = torch.minimum(nearest_P, distances(points_PC, points_PC[chosen[-1:]], square_P)[:, 0])
     return points_PC[chosen]
 
 
-def distances(points_PC: torch.Tensor, centroids_EC: torch.Tensor) -> torch.Tensor:
-    """[P, E] squared Euclidean distances, up to rounding."""
-    cross_PE = points_PC @ centroids_EC.T
-    return points_PC.square().sum(1, keepdim=True) - 2 * cross_PE + centroids_EC.square().sum(1)
+def squared_lengths(points_PC: torch.Tensor) -> torch.Tensor:
+    """[P] squared Euclidean length of every point."""
+    return torch.linalg.vector_norm(points_PC, dim=1).square()
+
+
+def distances(
+    points_PC: torch.Tensor, centroids_EC: torch.Tensor, square_P: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[P, E] squared Euclidean distances, up to rounding. `square_P`: `squared_lengths` of the points, if at hand."""
+    if square_P is None:
+        square_P = squared_lengths(points_PC)
+    cross_EP = centroids_EC @ points_PC.T
+    return cross_EP.mul_(-2).add_(square_P).add_(squared_lengths(centroids_EC)[:, None]).T
 
 
 def cluster_means(points_PC: torch.Tensor, assignment_P: torch.Tensor, n_clusters: int) -> torch.Tensor:
     """[E, C] mean of the points of every cluster (all clusters of equal size)."""
     members_EG = torch.argsort(assignment_P, stable=True).view(n_clusters, -1)
-    return torch.stack([points_PC[members_G].mean(dim=0) for members_G in members_EG])
+    return torch.nn.functional.embedding_bag(members_EG, points_PC, mode="mean")  # sums the rows where they lie
 
 
 def within_cluster_cost(points_PC: torch.Tensor, centroids_EC: torch.Tensor, assignment_P: torch.Tensor) -> float:

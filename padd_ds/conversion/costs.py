@@ -40,9 +40,10 @@ def model_costs(config: Any, family: Family, slicing: Slicing) -> tuple[Cost, Co
     """(teacher, student) from the teacher's config. A tied head is held once but multiplied all the same."""
     ffn = 3 * config.hidden_size * slicing.width
     active_ffn = ffn * (slicing.shared + slicing.top_k) // slicing.experts
+    held_ffn = ffn * (slicing.shared + slicing.routed) // slicing.experts
     router = slicing.routed * config.hidden_size
     teacher = _cost(config, family, ffn, ffn, n_tables=1 if config.tie_word_embeddings else 2)
-    student = _cost(config, family, ffn + router, active_ffn + router, n_tables=2)
+    student = _cost(config, family, held_ffn + router, active_ffn + router, n_tables=2)
     return teacher, student
 
 

@@ -113,9 +113,9 @@ def conclude(
     )
 
 
-def fully_active(n_routed: int) -> dict[str, Any]:
-    """Changes to a student's config under which every expert is chosen and, with equal scores, weighted 1."""
-    return {"num_experts_per_tok": n_routed, "routed_scaling_factor": float(n_routed)}
+def fully_active(n_routed: int, copies: int) -> dict[str, Any]:
+    """Changes to a student's config under which every expert is chosen and, with equal scores, weighted 1 / copies."""
+    return {"num_experts_per_tok": n_routed, "routed_scaling_factor": n_routed / copies}
 
 
 def _demand(error: float, place: str) -> None:

@@ -121,7 +121,7 @@ def _open(options: ConversionOptions) -> Existing:
         teacher=open_teacher(teacher),
         folder=folder,
         config=config,
-        weights=open_weights(folder, norms),
+        weights=open_weights(folder, norms, "student"),
         windows=windows,
     )
     if not any(pair.is_routed(layer) for layer in range(pair.depth)):

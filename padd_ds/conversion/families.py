@@ -52,6 +52,7 @@ def check_supported(config: Any, source: str) -> Family:
     if family is None:
         raise UserError(f"{source}: model type {config.model_type} is not supported; use one of {', '.join(FAMILIES)}")
     refusals = [
+        _refuse_quantised(config),
         _refuse_activation(config),
         _refuse_biases(config),
         _refuse_rope(config),
@@ -60,6 +61,14 @@ def check_supported(config: Any, source: str) -> Family:
     for refusal in filter(None, refusals):
         raise UserError(f"{source}: {refusal}; this teacher cannot be converted")
     return family
+
+
+def _refuse_quantised(config: Any) -> str | None:
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation:
+        method = dict(quantisation).get("quant_method", "unknown")
+        return f"quantization_config is set ({method}), and slices are cut out of plain weights only"
+    return None
 
 
 def _refuse_activation(config: Any) -> str | None:
@@ -87,14 +96,17 @@ def _refuse_rope(config: Any) -> str | None:
 
 def _refuse_sliding_window(config: Any) -> str | None:
     window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    slides = layer_types is None or "sliding_attention" in layer_types
-    if window is not None and slides and window < config.max_position_embeddings:
+    if window is not None and _slides(config) and window < config.max_position_embeddings:
         return (
             f"sliding_window is {window}, below max_position_embeddings {config.max_position_embeddings}, and the "
             "student class attends to everything (if no text is longer than the window, set sliding_window to null)"
         )
     return None
+
+
+def _slides(config: Any) -> bool:
+    """Whether any layer heeds the window: Mistral's all do, whatever its layer_types say, and Llama's never do."""
+    return config.model_type == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or [])
 
 
 def student_config(config: Any, family: Family, slicing: Slicing, dtype_name: str) -> Glm4MoeConfig:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from padd_ds.errors import UserError
 
-CLUSTERINGS = ("activations", "weights", "random", "contiguous")
+CLUSTERINGS = ("activations", "weights", "mixed", "random", "contiguous")
+WEIGHT_FEATURES = ("gate", "gate+up", "gate+up+down")
+NEEDS_DATA = ("activations", "mixed")
 ROUTERS = ("calibrated", "centroid", "random")
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 MAX_LISTED_COUNT = 512
@@ -33,9 +35,14 @@ class ConversionOptions:
     calibration_part: use only the JSONL records of this part (A, B, C or D) of the training set, by the hash of
         the first field; None uses all.
     calibration_tokens: how many tokens of it are used.
-    regroup_rounds: how often the groups of `activations` are refined towards what a router can foresee; 0 leaves
-        the k-means groups.
+    weight_features: the weights that `weights` and `mixed` compare neurons by, one of WEIGHT_FEATURES.
+    restarts: k-means searches per layer, of which the best counts.
+    overcluster: clusters per group that k-means makes first, merged by average linkage; 1 makes the groups at once.
+    regroup_rounds: how often the groups of `activations` and `mixed` are refined towards what a router can foresee;
+        0 leaves the k-means groups.
     refit: fit down_proj by least squares to what the routing leaves active, on the calibration data.
+    replicate: copies of every routed expert; more total parameters, the same number per token.
+    reinit_share: share of the neurons of all copies but the first that are drawn anew.
     evaluation: text or JSONL file to report the perplexity of teacher and student on.
     evaluation_tokens: how many tokens of it are used.
     controls: report the perplexity of `random` and `contiguous` groups beside it.
@@ -56,8 +63,13 @@ class ConversionOptions:
     calibration_field: str = "text"
     calibration_part: str | None = None
     calibration_tokens: int = 16384
-    regroup_rounds: int = 3
+    weight_features: str = "gate"
+    restarts: int = 1
+    overcluster: int = 1
+    regroup_rounds: int = 4
     refit: bool = False
+    replicate: int = 1
+    reinit_share: float = 0.0
     evaluation: Path | None = None
     evaluation_tokens: int = 16384
     controls: bool = False
@@ -71,6 +83,7 @@ class ConversionOptions:
     def __post_init__(self) -> None:
         _check_choice("--cluster", self.cluster, CLUSTERINGS)
         _check_choice("--router", self.router, ROUTERS)
+        _check_choice("--weight-features", self.weight_features, WEIGHT_FEATURES)
         if self.dtype is not None:
             _check_choice("--dtype", self.dtype, DTYPE_NAMES)
         if self.prior_temperature <= 0:
@@ -79,9 +92,16 @@ class ConversionOptions:
             ("--calibration-tokens", self.calibration_tokens, 1),
             ("--evaluation-tokens", self.evaluation_tokens, 2),
             ("--regroup-rounds", self.regroup_rounds, 0),
+            ("--replicate", self.replicate, 1),
+            ("--restarts", self.restarts, 1),
+            ("--overcluster", self.overcluster, 1),
         ):
             if value < least:
                 raise UserError(f"{option} is {value}; it must be at least {least}")
+        if not 0 <= self.reinit_share <= 1:
+            raise UserError(f"--reinit-share is {self.reinit_share}; it must lie in 0..1")
+        if self.reinit_share and self.replicate == 1:
+            raise UserError("--reinit-share draws neurons of copies anew; pass --replicate 2 or more")
         self._check_counts()
         self._check_calibration()
 
@@ -120,12 +140,13 @@ class ConversionOptions:
             "--dtype": self.dtype is not None,
             "--refit": self.refit,
             "--controls": self.controls,
+            "--replicate": self.replicate > 1,
         }
         for option in (name for name, is_given in given.items() if is_given):
             raise UserError(f"{option} does not go with --student, whose experts stay as they are; leave it out")
 
     def _check_calibration(self) -> None:
-        needs_data = self.cluster == "activations" or self.router == "calibrated"
+        needs_data = self.cluster in NEEDS_DATA or self.router == "calibrated"
         if needs_data and self.calibration is None:
             raise UserError(
                 f"--calibration is missing: --cluster {self.cluster} with --router {self.router} needs data; pass a "
@@ -133,8 +154,9 @@ class ConversionOptions:
             )
         if self.calibration is not None and not self.calibration.is_file():
             raise UserError(f"--calibration {self.calibration}: no such file")
-        if self.refit and self.calibration is None:
-            raise UserError("--refit needs data to fit to; pass a text or JSONL file as --calibration")
+        for option, wanted in (("--refit", self.refit), ("--replicate", self.replicate > 1)):
+            if wanted and self.calibration is None:
+                raise UserError(f"{option} needs data to fit to; pass a text or JSONL file as --calibration")
         if self.evaluation is not None and not self.evaluation.is_file():
             raise UserError(f"--evaluation {self.evaluation}: no such file")
         if self.controls and self.evaluation is None:
@@ -147,18 +169,30 @@ class ConversionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Slicing:
-    """How an FFN of `width` neurons (F) is cut: N = `experts` slices, S of them shared, K chosen per token."""
+    """How an FFN of `width` neurons (F) is cut: N = `experts` slices, S of them shared, K chosen per token.
+
+    Every other slice becomes `copies` routed experts.
+    """
 
     width: int
     experts: int
     shared: int
     top_k: int
+    copies: int = 1
 
     def __post_init__(self) -> None:
         if self.width % self.experts:
             raise UserError(
                 f"--experts is {self.experts}, which does not divide the teacher's FFN width {self.width}; "
                 f"{self._counts_that_work()}"
+            )
+
+    def check_overcluster(self, ratio: int) -> None:
+        """UserError unless every group of neurons can be made of `ratio` equal clusters."""
+        if self.slice_width % ratio:
+            raise UserError(
+                f"--overcluster is {ratio}, which does not divide the {self.slice_width} neurons of a slice; "
+                "choose a divisor"
             )
 
     def check_alignment(self, element_bytes: int) -> None:
@@ -182,9 +216,14 @@ class Slicing:
         return f"counts that work in every dtype: {', '.join(map(str, counts)) or 'none'}"
 
     @property
+    def groups(self) -> int:
+        """Slices that are not shared."""
+        return self.experts - self.shared
+
+    @property
     def routed(self) -> int:
         """E, the number of routed experts."""
-        return self.experts - self.shared
+        return self.groups * self.copies
 
     @property
     def slice_width(self) -> int:

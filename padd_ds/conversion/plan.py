@@ -20,7 +20,14 @@ from padd_ds.conversion.families import (
     teacher_tensors,
 )
 from padd_ds.conversion.options import ConversionOptions, Slicing
-from padd_ds.conversion.teacher import TeacherWeights, local_folder, open_weights, sha256_of
+from padd_ds.conversion.teacher import (
+    TeacherWeights,
+    check_shapes,
+    check_tied,
+    local_folder,
+    open_weights,
+    sha256_of,
+)
 from padd_ds.conversion.work import partial_folder
 from padd_ds.errors import UserError
 from padd_ds.files import free_bytes
@@ -97,7 +104,9 @@ def make_plan(options: ConversionOptions) -> Plan:
         experts=options.experts,
         shared=options.shared_experts,
         top_k=options.top_k,
+        copies=options.replicate,
     )
+    slicing.check_overcluster(options.overcluster)
     windows = {"probe": probe_tokens(config.vocab_size), **text_windows(options, [teacher.folder])}
     teacher = open_teacher(teacher)
     dtype_name = options.dtype or _dtype_name(teacher.weights)
@@ -125,6 +134,8 @@ def check_teacher(options: ConversionOptions) -> Teacher:
 def open_teacher(teacher: Teacher) -> OpenTeacher:
     """Check the weights of a teacher; reads them all."""
     weights = open_weights(teacher.folder, teacher_tensors(teacher.config, teacher.family))
+    check_shapes(teacher.config, teacher.family, weights)
+    check_tied(teacher.config, weights)
     return OpenTeacher(folder=teacher.folder, config=teacher.config, family=teacher.family, weights=weights)
 
 
@@ -157,7 +168,7 @@ def check_device(device: str) -> None:
 
 
 def _dtype_name(weights: TeacherWeights) -> str:
-    stored = weights.tensor("model.norm.weight").dtype
+    stored = weights.dtype("model.norm.weight")
     for name, dtype in DTYPES.items():
         if dtype == stored:
             return name

@@ -5,39 +5,46 @@ Shapes: S tokens, D model width, F neurons of the teacher's FFN, E routed expert
 
 import torch
 
-REFIT_RIDGE = 1e-2  # of the mean square of an active neuron
+REFIT_RIDGE = 0.2  # of a neuron's own square sum, and as much of their mean
 
 
 def neuron_weights(weight_SE: torch.Tensor, members_NG: torch.Tensor, width: int) -> torch.Tensor:
-    """[S, F]: what the routing multiplies every neuron with; 1 for the shared slices behind the E routed ones."""
+    """[S, F]: what the routing multiplies every neuron with, summed over its copies; 1 for the shared slices."""
     n_slices, group = members_NG.shape
     shared_SN = torch.ones(len(weight_SE), n_slices - weight_SE.shape[1], device=weight_SE.device)
     per_slice_SN = torch.cat([weight_SE, shared_SN], dim=1)
-    weights_SF = torch.empty(len(weight_SE), width, device=weight_SE.device)
-    weights_SF[:, members_NG.flatten()] = per_slice_SN.repeat_interleave(group, dim=1)
-    return weights_SF
+    weights_SF = torch.zeros(len(weight_SE), width, device=weight_SE.device)
+    return weights_SF.index_add_(1, members_NG.flatten(), per_slice_SN.repeat_interleave(group, dim=1))
 
 
 def refit_down(
-    active_SF: torch.Tensor, target_SD: torch.Tensor, down_DF: torch.Tensor, ridge: float = REFIT_RIDGE
+    active_SF: torch.Tensor,
+    target_SD: torch.Tensor,
+    down_DF: torch.Tensor,
+    token_weight_S: torch.Tensor,
+    ridge: float = REFIT_RIDGE,
 ) -> torch.Tensor:
-    """[D, F]: min_W ||active W^T - target||^2 + ridge * mean(active^2) * S * ||W - down||^2.
+    """[D, F]: min_W sum_t w_t ||W active_t - target_t||^2 + sum_k penalty_k ||W_k - down_k||^2.
 
-    active_SF: hidden activations times `neuron_weights`. The ridge pulls to the teacher's own matrix, so that
-    a neuron that is never active keeps it. Solved over the smaller of S and F, in fp64 on the normal equations.
+    active_SF: hidden activations times `neuron_weights`. penalty_k is `ridge` times the weighted square sum of neuron k
+    plus its mean over neurons: it pulls to the teacher's own columns, which a neuron that is never active keeps.
+    Solved over the smaller of S and F, in fp64 on the normal equations.
     """
-    residual_SD = (target_SD - active_SF @ down_DF.T).double()
-    active_SF = active_SF.double()
+    root_S1 = token_weight_S.double().sqrt()[:, None]
+    residual_SD = (target_SD - active_SF @ down_DF.T) * root_S1
+    active_SF = active_SF * root_S1
     n_tokens, width = active_SF.shape
-    strength = ridge * float(active_SF.square().sum()) / width
+    square_F = active_SF.square().sum(dim=0)
+    penalty_F = ridge * (square_F + square_F.mean())
     if width <= n_tokens:
         moment_FF = active_SF.T @ active_SF
-        moment_FF.diagonal().add_(strength)
+        moment_FF.diagonal().add_(penalty_F)
         change_FD = _solve(moment_FF, active_SF.T @ residual_SD)
     else:
-        kernel_SS = active_SF @ active_SF.T
-        kernel_SS.diagonal().add_(strength)
-        change_FD = active_SF.T @ _solve(kernel_SS, residual_SD)
+        scaled_SF = active_SF / penalty_F
+        kernel_SS = scaled_SF @ active_SF.T
+        kernel_SS.diagonal().add_(1.0)
+        change_FD = scaled_SF.T @ _solve(kernel_SS, residual_SD)
     return down_DF + change_FD.T.float()
 
 
@@ -45,6 +52,16 @@ def _solve(positive_XX: torch.Tensor, right_XD: torch.Tensor) -> torch.Tensor:
     return torch.cholesky_solve(right_XD, torch.linalg.cholesky(positive_XX))
 
 
-def reconstruction_error(target_SD: torch.Tensor, output_SD: torch.Tensor) -> float:
-    """||output - target||^2 / ||target||^2 over all tokens."""
-    return float((output_SD - target_SD).square().sum() / target_SD.square().sum())
+def reconstruction_error(target_SD: torch.Tensor, output_SD: torch.Tensor, token_weight_S: torch.Tensor) -> float:
+    """sum_t w_t ||output_t - target_t||^2 / sum_t w_t ||target_t||^2."""
+    errors_S, targets_S = (one_SD.square().sum(dim=1) for one_SD in (output_SD - target_SD, target_SD))
+    return float((errors_S * token_weight_S).sum() / (targets_S * token_weight_S).sum())
+
+
+def token_weights(stream_SD: torch.Tensor) -> torch.Tensor:
+    """[S], mean 1: 1 / ||stream||^2 of the residual stream behind the layer.
+
+    Choice: the next norm divides by that length, so an error counts as large as it is beside the stream.
+    """
+    weight_S = 1 / stream_SD.square().sum(dim=1).clamp(min=1e-12)
+    return weight_S / weight_S.mean()

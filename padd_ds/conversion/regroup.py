@@ -1,6 +1,6 @@
 """Regrouping of neurons by what a router can foresee.
 
-Shapes: S tokens, D model width, P routed neurons, E routed experts, K of them per token.
+Shapes: S tokens, D model width, F neurons, N slices, E of them routed and K of those chosen per token.
 """
 
 import torch
@@ -11,26 +11,28 @@ from padd_ds.conversion.router import CalibratedRouter
 
 
 def regroup(
-    contribution_SP: torch.Tensor,
-    assignment_P: torch.Tensor,
-    router: CalibratedRouter,
+    energy_SF: torch.Tensor,
+    slice_F: torch.Tensor,
     x_SD: torch.Tensor,
     *,
-    n_experts: int,
+    n_routed: int,
+    n_slices: int,
     top_k: int,
     rounds: int,
 ) -> torch.Tensor:
-    """[P] int64: a balanced assignment under which a router's choices keep more of the contribution.
+    """[F] int64: slices of equal size under which a router's choices keep more of the neurons' energy.
 
-    Each round fits a router to the experts' contributions (root of the summed squares), takes its `top_k`
-    experts of every token, and moves every neuron to the expert that is chosen on the tokens where the neuron
-    contributes: maximises sum_t sum_{k: chosen} c_tk^2 with the sizes kept.
+    Each round fits a router to the experts' contributions (root of the summed energies), takes its `top_k` experts of
+    every token, and moves neurons, with all sizes kept, to where they are active when they are needed: maximises
+    sum_t sum_{k active} energy_tk. Slices from `n_routed` on are shared, active on every token.
     """
-    energy_SP = contribution_SP.square()
+    router = CalibratedRouter(x_SD)
     for _ in range(rounds):
-        one_hot_PE = functional.one_hot(assignment_P, n_experts).float()
-        weight_ED, intercept_E = router.fit((energy_SP @ one_hot_PE).sqrt())
+        per_slice_SN = energy_SF @ functional.one_hot(slice_F, n_slices).float()
+        weight_ED, intercept_E = router.fit(per_slice_SN[:, :n_routed].sqrt())
         scores_SE = x_SD @ weight_ED.T + intercept_E
-        chosen_SE = torch.zeros_like(scores_SE).scatter(1, scores_SE.topk(top_k, dim=1).indices, 1.0)
-        assignment_P = balanced_assignment(-(energy_SP.T @ chosen_SE), assignment_P)
-    return assignment_P
+        active_SN = torch.ones_like(per_slice_SN)
+        active_SN[:, :n_routed] = 0
+        active_SN.scatter_(1, scores_SE.topk(top_k, dim=1).indices, 1.0)
+        slice_F = balanced_assignment(-(energy_SF.T @ active_SN), slice_F)
+    return slice_F

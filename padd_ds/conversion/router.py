@@ -9,8 +9,9 @@ import torch
 
 from padd_ds.moe.router import routing_weights
 
-LOGIT_SPREAD = 0.2  # standard deviation over experts, mean over tokens; 0.1-0.3 keeps weights near equal
-RIDGE = 1e-3  # of the mean square of an input channel
+LOGIT_SPREAD = 0.1  # standard deviation over experts, mean over tokens; 0.1-0.3 keeps weights near equal
+RIDGE = 3.0  # of the mean square of an input channel: what few channels say strongly should not decide alone
+ASCENT_STEPS, ASCENT_RATE, SOFTNESS = 20, 0.1, 0.5
 MIN_CONTRIBUTION, MIN_SPREAD = 1e-6, 1e-12
 SIGMOID_SLOPE = 0.25  # at 0, where the logits of a new student are
 
@@ -64,6 +65,30 @@ class CalibratedRouter:
         weight_DE = torch.cholesky_solve(self._x_SD.T @ (target_SE - mean_E), self._factor_DD)
         return weight_DE.T.float(), (mean_E - self._mean_D @ weight_DE).float()
 
+    def ascend(
+        self, weight_ED: torch.Tensor, intercept_E: torch.Tensor, gain_SE: torch.Tensor, top_k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and intercepts whose `top_k` choices collect more of `gain_SE` than those given.
+
+        Gradient ascent on sum_te gain_te sigmoid((logit_te - threshold_t) / softness), a smooth top-k with the
+        threshold between the k-th and the next logit; each gradient is fitted by the same ridge regression as the
+        targets were, which preconditions it. Choice: a fixed number of steps of falling length.
+        """
+        x_SD = (self._x_SD + self._mean_D).float()
+        for step in range(ASCENT_STEPS):
+            logits_SE = x_SD @ weight_ED.T + intercept_E
+            spread = logit_spread(logits_SE)
+            border_S1 = logits_SE.topk(top_k + 1, dim=1).values[:, -2:].mean(dim=1, keepdim=True)
+            chosen_SE = torch.sigmoid((logits_SE - border_S1) / max(SOFTNESS * spread, MIN_SPREAD))
+            slope_SE = chosen_SE * (1 - chosen_SE)
+            # The threshold moves with the logits, so only a gain above the mean at the border counts.
+            mean_S1 = (gain_SE * slope_SE).sum(1, keepdim=True) / slope_SE.sum(1, keepdim=True).clamp(min=1e-9)
+            step_ED, step_E = self.fit(slope_SE * (gain_SE - mean_S1))
+            length = max(logit_spread(x_SD @ step_ED.T + step_E), MIN_SPREAD)
+            rate = ASCENT_RATE * (1 - step / ASCENT_STEPS) * spread / length
+            weight_ED, intercept_E = weight_ED + rate * step_ED, intercept_E + rate * step_E
+        return weight_ED, intercept_E
+
 
 def expert_contributions(hidden_SF: torch.Tensor, down_DF: torch.Tensor, members_EG: torch.Tensor) -> torch.Tensor:
     """[S, E]: length of what each routed expert adds to the residual stream, ||W_down[:, C_j] h_Cj||."""
@@ -71,15 +96,20 @@ def expert_contributions(hidden_SF: torch.Tensor, down_DF: torch.Tensor, members
     return torch.stack(lengths, dim=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RouterData:
+    """What a router is fitted to: inputs, length of each expert's output, and what choosing it is worth."""
+
+    x_SD: torch.Tensor
+    contribution_SE: torch.Tensor
+    gain_SE: torch.Tensor
+    top_k: int
+
+
 def make_router(
-    kind: str,
-    gate_FD: torch.Tensor,
-    members_EG: torch.Tensor,
-    x_SD: torch.Tensor | None,
-    contribution_SE: torch.Tensor | None,
-    generator: torch.Generator,
+    kind: str, gate_FD: torch.Tensor, members_EG: torch.Tensor, data: RouterData | None, generator: torch.Generator
 ) -> Router:
-    """A router of `kind`, scaled so that its logits spread by LOGIT_SPREAD on `x_SD`.
+    """A router of `kind`, scaled so that its logits spread by LOGIT_SPREAD on the data.
 
     Without data the scale is that for inputs of unit variance. ValueError for `calibrated` without data.
     """
@@ -88,12 +118,14 @@ def make_router(
         weight_ED = centroid_router(gate_FD, members_EG)
     elif kind == "random":
         weight_ED = random_router(len(members_EG), gate_FD.shape[1], generator).to(gate_FD.device)
-    elif x_SD is None or contribution_SE is None:
+    elif data is None:
         raise ValueError("a calibrated router needs calibration data")
     else:
-        target_SE = contribution_SE.clamp(min=MIN_CONTRIBUTION).log()
-        weight_ED, intercept_E = CalibratedRouter(x_SD).fit(target_SE)
-    spread = unit_spread(weight_ED) if x_SD is None else logit_spread(x_SD.float() @ weight_ED.T)
+        regression = CalibratedRouter(data.x_SD)
+        weight_ED, intercept_E = regression.fit(data.contribution_SE.clamp(min=MIN_CONTRIBUTION).log())
+        if data.top_k < len(members_EG):
+            weight_ED, intercept_E = regression.ascend(weight_ED, intercept_E, data.gain_SE, data.top_k)
+    spread = unit_spread(weight_ED) if data is None else logit_spread(data.x_SD.float() @ weight_ED.T)
     scale = LOGIT_SPREAD / max(spread, MIN_SPREAD)
     return Router(weight_ED=weight_ED * scale, bias_E=intercept_E * scale * SIGMOID_SLOPE)
 

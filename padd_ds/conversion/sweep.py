@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from padd_ds.conversion.block import Block, load_block
+from padd_ds.conversion.copies import reinitialise_copies
 from padd_ds.conversion.exactness import advance_probes, fully_active, probe_states
 from padd_ds.conversion.families import FFN_TENSORS, copied_layer_tensors, layer_tensors
 from padd_ds.conversion.head import embed
@@ -22,6 +23,7 @@ from padd_ds.seeds import derive_seed
 
 Tensors = dict[str, torch.Tensor]
 States = dict[str, torch.Tensor]
+REINIT = 1  # sets the draws of the copies apart from those of the clustering
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +99,16 @@ def _convert_variant(
     if teacher_x_BTD is not None:
         after_BTD, x_BTD = teacher.attend(states[f"{CALIBRATION}/{variant}"])
         inputs = LayerInputs(
-            teacher_SD=teacher_x_BTD.flatten(0, 1).to(device), student_SD=x_BTD.flatten(0, 1).to(device)
+            teacher_SD=teacher_x_BTD.flatten(0, 1).to(device),
+            student_SD=x_BTD.flatten(0, 1).to(device),
+            stream_SD=after_BTD.flatten(0, 1).to(device),
         )
     generator = torch.Generator().manual_seed(derive_seed(options.seed, layer))
     ffn = Ffn(gate_FD=gate_FD, up_FD=up_FD, down_DF=down_DF)
     converted = convert_layer(ffn, inputs, plan.slicing, options, generator)
     if after_BTD is None and EVALUATION not in plan.windows:
         return converted
-    block = _student_block(plan, layer, _student_tensors(plan, stored, converted), torch.float32)
+    block = _student_block(plan, layer, _student_tensors(plan, layer, stored, converted), torch.float32)
     if after_BTD is not None and x_BTD is not None:
         states[f"{CALIBRATION}/{variant}"] = after_BTD + block.feed(x_BTD)
     if EVALUATION in plan.windows:
@@ -112,8 +116,17 @@ def _convert_variant(
     return converted
 
 
-def _student_tensors(plan: Plan, stored: Tensors, converted: ConvertedLayer) -> Tensors:
-    """A student layer in the dtype that is written, by names within the layer."""
+def _student_tensors(plan: Plan, layer: int, stored: Tensors, converted: ConvertedLayer) -> Tensors:
+    """A student layer as it is written, by names within the layer."""
+    tensors = _cut(plan, stored, converted)
+    slicing, options = plan.slicing, plan.options
+    generator = torch.Generator().manual_seed(derive_seed(options.seed, layer, REINIT))
+    fresh = reinitialise_copies(tensors, slicing.groups, slicing.copies, options.reinit_share, generator)
+    return {**tensors, **dict(fresh)}
+
+
+def _cut(plan: Plan, stored: Tensors, converted: ConvertedLayer) -> Tensors:
+    """A student layer of the teacher's own neurons."""
     copied = {name: stored[name].to(plan.dtype) for name in copied_layer_tensors(plan.teacher.family)}
     gate_FD, up_FD, down_DF = (stored[name].to(plan.dtype) for name in FFN_TENSORS)
     if converted.refitted_down_DF is not None:
@@ -124,7 +137,7 @@ def _student_tensors(plan: Plan, stored: Tensors, converted: ConvertedLayer) -> 
 
 
 def _write_layer(plan: Plan, layer: int, stored: Tensors, student: ConvertedLayer, result: Path) -> Path:
-    tensors = _student_tensors(plan, stored, student)
+    tensors = _student_tensors(plan, layer, stored, student)
     named = {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
     return write_shard(result, layer + 2, plan.n_shards, named)
 
@@ -132,14 +145,15 @@ def _write_layer(plan: Plan, layer: int, stored: Tensors, student: ConvertedLaye
 def _prove(
     plan: Plan, layer: int, states: States, teacher: Block, stored: Tensors, student: ConvertedLayer, path: Path
 ) -> float:
-    """The error of the written layer; a refit is taken back first, since it changes what the experts add up to."""
+    """The error of the written layer; what a refit or a draw has changed on purpose is taken back first."""
     prefix = f"model.layers.{layer}."
     tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
-    if student.refitted_down_DF is not None:
-        plain = _student_tensors(plan, stored, replace(student, refitted_down_DF=None))
-        tensors.update({name: tensor for name, tensor in plain.items() if name.endswith("down_proj.weight")})
+    if student.refitted_down_DF is not None or plan.options.reinit_share:
+        plain = _cut(plan, stored, replace(student, refitted_down_DF=None))
+        changed = ("down_proj.weight",) if not plan.options.reinit_share else ("_proj.weight",)
+        tensors.update({name: tensor for name, tensor in plain.items() if name.endswith(changed)})
     tensors["mlp.gate.weight"] = torch.zeros_like(tensors["mlp.gate.weight"])
-    block = _student_block(plan, layer, tensors, plan.dtype, **fully_active(plan.slicing.routed))
+    block = _student_block(plan, layer, tensors, plan.dtype, **fully_active(plan.slicing.routed, plan.slicing.copies))
     return advance_probes(states, teacher, block, plan.dtype, layer)
 
 

@@ -101,11 +101,17 @@ def partial_folder(output: Path) -> Path:
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file that is whole under its name, whatever happens meanwhile."""
     aside = path.with_name(f"{path.name}.part")
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: _own(tensor.detach().cpu()) for name, tensor in tensors.items()}
     save_file(contiguous, aside, {"format": "pt", **(metadata or {})})
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     aside.rename(path)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor with a storage of its own, as safetensors wants it."""
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.contiguous() if whole or not tensor.is_contiguous() else tensor.clone()
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

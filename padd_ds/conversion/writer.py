@@ -56,9 +56,13 @@ def moe_tensors(
     n_routed = len(router_ED)
     yield "mlp.gate.weight", router_ED.to(gate_FD.dtype)
     yield "mlp.gate.e_score_correction_bias", bias_E.float()
-    slices = {f"experts.{index}": members_NG[index] for index in range(n_routed)}
-    slices["shared_experts"] = members_NG[n_routed:].flatten()
-    for name, neurons in slices.items():
-        yield f"mlp.{name}.gate_proj.weight", gate_FD[neurons]
-        yield f"mlp.{name}.up_proj.weight", up_FD[neurons]
-        yield f"mlp.{name}.down_proj.weight", down_DF[:, neurons]
+    # All slices at once, because gathering columns one slice at a time reads the matrix once for each.
+    order = members_NG.flatten()
+    sizes = [members_NG.shape[1]] * n_routed + [members_NG[n_routed:].numel()]
+    names = [*(f"experts.{index}" for index in range(n_routed)), "shared_experts"]
+    gates, ups = (matrix_FD.index_select(0, order).split(sizes) for matrix_FD in (gate_FD, up_FD))
+    downs = down_DF.index_select(1, order).split(sizes, dim=1)
+    for name, gate_GD, up_GD, down_DG in zip(names, gates, ups, downs, strict=True):
+        yield f"mlp.{name}.gate_proj.weight", gate_GD
+        yield f"mlp.{name}.up_proj.weight", up_GD
+        yield f"mlp.{name}.down_proj.weight", down_DG

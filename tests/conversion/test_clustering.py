@@ -12,7 +12,10 @@ from padd_ds.conversion.clustering import (
     balanced_kmeans,
     cluster_means,
     distances,
-    tournament,
+    following_means,
+    kmeans_from_centres,
+    kmeans_plus_plus,
+    refine,
     within_cluster_cost,
 )
 
@@ -77,15 +80,94 @@ def test_separated_groups_are_found() -> None:
     assert torch.equal(assignment_P[:, None] == assignment_P, same_truth_PP)
 
 
-def test_assignment_to_fixed_centres_is_close_to_the_optimal_one() -> None:
-    cost_PE = distances(torch.randn(192, 4, generator=seeded(6)), torch.randn(12, 4, generator=seeded(7)))
-    start_P = torch.arange(192) % 12
+@pytest.mark.parametrize(("n_points", "n_clusters"), [(192, 12), (600, 5), (64, 64), (90, 2)])
+def test_assignment_to_fixed_centres_is_the_optimal_one(n_points: int, n_clusters: int) -> None:
+    points_PC, centres_EC = (
+        torch.randn(n_points, 4, generator=seeded(6)),
+        torch.randn(n_clusters, 4, generator=seeded(7)),
+    )
+    cost_PE = distances(points_PC, centres_EC)
+    start_P = torch.arange(n_points) % n_clusters
     found_P = balanced_assignment(cost_PE, start_P)
-    rows, columns = linear_sum_assignment(cost_PE.repeat_interleave(16, dim=1).numpy())
-    optimum = float(cost_PE[torch.tensor(rows), torch.tensor(columns) // 16].sum())
-    cost = float(cost_PE[torch.arange(192), found_P].sum())
-    assert optimum <= cost * (1 + 1e-6) <= optimum * 1.01
-    assert cost < float(cost_PE[torch.arange(192), start_P].sum())
+    size = n_points // n_clusters
+    rows, columns = linear_sum_assignment(cost_PE.repeat_interleave(size, dim=1).numpy())
+    optimum = total(cost_PE, torch.tensor(columns) // size)
+    assert torch.bincount(found_P, minlength=n_clusters).tolist() == [size] * n_clusters
+    assert total(cost_PE, found_P) == pytest.approx(optimum, rel=1e-6)
+    assert optimum < total(cost_PE, start_P)
+
+
+def test_an_assignment_with_many_ties_is_optimal_too() -> None:
+    cost_PE = torch.randint(3, (240, 6), generator=seeded(9)).float()
+    cost_PE[:100] = cost_PE[0]  # a hundred neurons that cannot be told apart
+    found_P = balanced_assignment(cost_PE, torch.arange(240) % 6)
+    rows, columns = linear_sum_assignment(cost_PE.repeat_interleave(40, dim=1).numpy())
+    assert total(cost_PE, found_P) == total(cost_PE, torch.tensor(columns) // 40)
+
+
+def test_an_assignment_that_cannot_be_bettered_stays() -> None:
+    start_P = torch.randperm(30, generator=seeded(10)) % 3
+    assert torch.equal(balanced_assignment(torch.ones(30, 3), start_P), start_P)
+
+
+def total(cost_PE: torch.Tensor, assignment_P: torch.Tensor) -> float:
+    return float(cost_PE.gather(1, assignment_P[:, None]).sum(dtype=torch.float64))
+
+
+def test_following_means_gives_what_a_single_move_costs() -> None:
+    points_PC = torch.randn(12, 3, generator=seeded(11))
+    assignment_P = torch.arange(12) % 3
+    cost_PE = following_means(distances(points_PC, cluster_means(points_PC, assignment_P, 3)), assignment_P)
+    for target in (1, 2):
+        moved_P = assignment_P.clone()
+        moved_P[0] = target
+        rise = uneven_cost(points_PC, moved_P) - uneven_cost(points_PC, assignment_P)
+        assert float(cost_PE[0, target] - cost_PE[0, 0]) == pytest.approx(rise, rel=1e-4)
+
+
+def uneven_cost(points_PC: torch.Tensor, assignment_P: torch.Tensor) -> float:
+    clusters = [points_PC[assignment_P == cluster] for cluster in assignment_P.unique()]
+    return sum(float((points_GC - points_GC.mean(0)).square().sum()) for points_GC in clusters)
+
+
+def test_means_by_hand() -> None:
+    points_PC = torch.tensor([[1.0, 0.0], [10.0, 4.0], [3.0, 2.0], [20.0, 6.0]])
+    assert cluster_means(points_PC, torch.tensor([1, 0, 1, 0]), 2).tolist() == [[15.0, 5.0], [2.0, 1.0]]
+
+
+def test_search_from_given_centres_is_that_of_their_seed() -> None:
+    points_PC = torch.randn(96, 4, generator=seeded(8))
+    drawn = balanced_kmeans(points_PC, 6, seeded(1))
+    given = kmeans_from_centres(points_PC, kmeans_plus_plus(points_PC, 6, seeded(1)))
+    assert torch.equal(drawn.assignment_P, given.assignment_P)
+
+
+def test_restarts_keep_the_best_of_their_searches() -> None:
+    points_PC = torch.randn(96, 4, generator=seeded(8))
+    generator = seeded(3)
+    singles = [balanced_kmeans(points_PC, 6, generator) for _ in range(5)]
+    best = balanced_kmeans(points_PC, 6, seeded(3), restarts=5)
+    assert best.costs[-1] == min(single.costs[-1] for single in singles) < singles[0].costs[-1]
+    with pytest.raises(ValueError, match="restarts is 0"):
+        balanced_kmeans(points_PC, 6, seeded(3), restarts=0)
+
+
+def test_refining_starts_at_the_cost_of_its_partition() -> None:
+    points_PC = torch.randn(60, 4, generator=seeded(12))
+    start_P = torch.arange(60) % 5
+    found = refine(points_PC, start_P, 5)
+    start = within_cluster_cost(points_PC, cluster_means(points_PC, start_P, 5), start_P)
+    assert found.costs[0] == pytest.approx(start, rel=1e-5)
+    assert found.costs[-1] < start
+    again = refine(points_PC, found.assignment_P, 5)
+    assert len(again.costs) == 1 and torch.equal(again.assignment_P, found.assignment_P)
+
+
+def test_undefined_features_are_refused() -> None:
+    points_PC = torch.ones(8, 2)
+    points_PC[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        kmeans_from_centres(points_PC, points_PC[:2])
 
 
 def test_same_seed_same_clusters_and_another_seed_others() -> None:
@@ -98,16 +180,6 @@ def test_same_seed_same_clusters_and_another_seed_others() -> None:
 def test_identical_points_are_still_cut_evenly() -> None:
     found = balanced_kmeans(torch.ones(12, 3), 4, seeded(0))
     assert torch.bincount(found.assignment_P, minlength=4).tolist() == [3, 3, 3, 3]
-
-
-def test_every_two_clusters_meet_once_in_a_tournament() -> None:
-    for n_clusters in (2, 5, 8):
-        met = []
-        for first, second in tournament(n_clusters, torch.device("cpu")):
-            pairs = list(zip(first.tolist(), second.tolist(), strict=True))
-            assert len({cluster for pair in pairs for cluster in pair}) == 2 * len(pairs)
-            met += [tuple(sorted(pair)) for pair in pairs]
-        assert sorted(met) == list(combinations(range(n_clusters), 2))
 
 
 def test_unequal_clusters_are_refused() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from padd_ds.conversion import router
 from padd_ds.conversion.features import (
     contribution_pattern,
     contributions,
@@ -16,6 +17,7 @@ from padd_ds.conversion.quality import between_cluster_share, silhouette, size_v
 from padd_ds.conversion.router import (
     LOGIT_SPREAD,
     CalibratedRouter,
+    RouterData,
     centroid_router,
     logit_spread,
     make_router,
@@ -114,7 +116,23 @@ def test_teacher_and_student_measure_activations_alike() -> None:
     assert float(teacher_E.mean()) == pytest.approx(1.0)
 
 
-def test_calibrated_router_orders_experts_as_a_linear_target_does() -> None:
+def test_ascent_collects_more_of_what_choosing_is_worth() -> None:
+    x_SD = torch.randn(600, 6, generator=seeded(1))
+    # One token in ten is worth a hundred times the others and follows the opposite rule.
+    precious_S1 = (torch.arange(600) % 10 == 0)[:, None]
+    rule_SE = x_SD @ torch.randn(6, 5, generator=seeded(2))
+    gain_SE = torch.where(precious_S1, (-rule_SE).exp(), 0.01 * rule_SE.exp())
+    regression = CalibratedRouter(x_SD)
+    start = regression.fit(gain_SE.log())
+    collected = []
+    for weight_ED, intercept_E in (start, regression.ascend(*start, gain_SE, top_k=2)):
+        chosen_SK = (x_SD @ weight_ED.T + intercept_E).topk(2, dim=1).indices
+        collected.append(float(gain_SE.gather(1, chosen_SK).sum() / gain_SE.sum()))
+    assert collected[0] + 0.01 < collected[1] <= 1
+
+
+def test_calibrated_router_orders_experts_as_a_linear_target_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "RIDGE", 1e-3)
     x_SD = torch.randn(400, 5, generator=seeded(1)) + 1.0
     target_SE = x_SD @ torch.randn(5, 4, generator=seeded(2)) + torch.tensor([0.0, 3.0, -2.0, 1.0])
     weight_ED, intercept_E = CalibratedRouter(x_SD).fit(target_SE)
@@ -131,16 +149,17 @@ def test_logits_spread_by_the_stated_amount(kind: str) -> None:
     x_SD = 3 * torch.randn(300, 6, generator=seeded(1))
     contribution_SE = torch.rand(300, 4, generator=seeded(2))
     gate_FD, members_EG = torch.randn(12, 6, generator=seeded(3)), torch.arange(12).view(4, 3)
-    router = make_router(kind, gate_FD, members_EG, x_SD, contribution_SE, seeded(4))
-    assert logit_spread(x_SD @ router.weight_ED.T) == pytest.approx(LOGIT_SPREAD, rel=1e-4)
-    assert (kind == "calibrated") == bool(router.bias_E.any())
+    data = RouterData(x_SD=x_SD, contribution_SE=contribution_SE, gain_SE=contribution_SE.square(), top_k=2)
+    made = make_router(kind, gate_FD, members_EG, data, seeded(4))
+    assert logit_spread(x_SD @ made.weight_ED.T) == pytest.approx(LOGIT_SPREAD, rel=1e-4)
+    assert (kind == "calibrated") == bool(made.bias_E.any())
 
 
 def test_centroid_router_without_data_spreads_on_unit_inputs() -> None:
     gate_FD, members_EG = torch.randn(64, 32, generator=seeded(1)), torch.arange(64).view(8, 8)
-    router = make_router("centroid", gate_FD, members_EG, None, None, seeded())
+    made = make_router("centroid", gate_FD, members_EG, None, seeded())
     x_SD = torch.randn(2000, 32, generator=seeded(2))
-    assert logit_spread(x_SD @ router.weight_ED.T) == pytest.approx(LOGIT_SPREAD, rel=0.1)
+    assert logit_spread(x_SD @ made.weight_ED.T) == pytest.approx(LOGIT_SPREAD, rel=0.1)
 
 
 def test_centroid_rows_are_means_of_gate_rows() -> None:
@@ -151,7 +170,7 @@ def test_centroid_rows_are_means_of_gate_rows() -> None:
 
 def test_calibrated_router_without_data_is_refused() -> None:
     with pytest.raises(ValueError, match="needs calibration data"):
-        make_router("calibrated", torch.ones(4, 2), torch.arange(4).view(2, 2), None, None, seeded())
+        make_router("calibrated", torch.ones(4, 2), torch.arange(4).view(2, 2), None, seeded())
 
 
 def test_shared_slices_take_the_most_important_neurons() -> None:

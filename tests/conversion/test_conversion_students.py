@@ -153,7 +153,7 @@ def test_same_seed_gives_the_same_bytes(
         assert one != other
 
 
-@pytest.mark.parametrize("cluster", ["activations", "weights", "random", "contiguous"])
+@pytest.mark.parametrize("cluster", ["activations", "weights", "mixed", "random", "contiguous"])
 @pytest.mark.parametrize("router", ["calibrated", "centroid", "random"])
 def test_every_cluster_and_router_converts(
     tmp_path: Path, llama_teacher: Path, calibration_file: Path, cluster: str, router: str
@@ -185,7 +185,7 @@ def test_shared_slices_of_the_first_layer_do_not_depend_on_the_grouping(
 ) -> None:
     shared = []
     for cluster in ("activations", "weights", "random", "contiguous"):
-        convert(options(llama_teacher, tmp_path / cluster, calibration_file, cluster=cluster))
+        convert(options(llama_teacher, tmp_path / cluster, calibration_file, cluster=cluster, regroup_rounds=0))
         shared.append(load_targets(tmp_path / cluster).assignment_LF[0] >= 6)
     assert all(torch.equal(other, shared[0]) for other in shared[1:])
 
@@ -258,3 +258,70 @@ def test_perplexities_are_those_of_the_written_models(
     random = convert(options(llama_teacher, tmp_path / "random", calibration_file, cluster="random", **text))
     assert report.contents["perplexity"]["random"] == pytest.approx(random.contents["perplexity"]["student"], rel=1e-5)
     assert report.contents["controls"].keys() == {"random", "contiguous"}
+
+
+def test_copies_hold_every_routed_weight_as_often_and_change_little(
+    tmp_path: Path, llama_teacher: Path, calibration_file: Path
+) -> None:
+    text = {"evaluation": calibration_file, "evaluation_tokens": 1024}
+    single, double = (
+        convert(options(llama_teacher, tmp_path / str(copies), calibration_file, replicate=copies, **text))
+        for copies in (1, 2)
+    )
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "2")
+    assert student.config.n_routed_experts == 12
+    costs = [report.contents["costs"]["student"] for report in (single, double)]
+    assert costs[1]["total_parameters"] == student.num_parameters()
+    router_rows = 2 * 6 * 32
+    assert costs[1]["active_parameters"] == costs[0]["active_parameters"] + router_rows
+    tensors = stored_tensors(tmp_path / "2")
+    for expert in range(6):
+        for part in ("gate", "up", "down"):
+            first, second = (f"model.layers.0.mlp.experts.{index}.{part}_proj.weight" for index in (expert, expert + 6))
+            assert torch.equal(tensors[first], tensors[second])
+    perplexity = [report.contents["perplexity"]["student"] for report in (single, double)]
+    assert perplexity[1] == pytest.approx(perplexity[0], rel=0.2)
+    load_E = torch.tensor(double.layers[0]["expected_load"])
+    assert load_E[:6].sum() == pytest.approx(0.5, abs=0.15)
+
+
+def test_part_of_a_copy_is_drawn_anew(tmp_path: Path, llama_teacher: Path, calibration_file: Path) -> None:
+    report = convert(
+        options(llama_teacher, tmp_path / "student", calibration_file, replicate=2, reinit_share=0.5, refit=True)
+    )
+    assert report.exactness.largest_error <= 1e-5
+    tensors = stored_tensors(tmp_path / "student")
+    for expert in range(6):
+        original, copy = (
+            tensors[f"model.layers.0.mlp.experts.{index}.gate_proj.weight"] for index in (expert, expert + 6)
+        )
+        assert int((original != copy).any(dim=1).sum()) == 4
+        down, down_copy = (
+            tensors[f"model.layers.0.mlp.experts.{index}.down_proj.weight"] for index in (expert, expert + 6)
+        )
+        assert torch.equal((down != down_copy).any(dim=0), (original != copy).any(dim=1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cluster": "weights", "weight_features": "gate+up+down"},
+        {"cluster": "mixed", "weight_features": "gate+up"},
+        {"overcluster": 4},
+        {"restarts": 5},
+    ],
+)
+def test_ways_to_group_give_other_groups_of_the_same_sizes(
+    tmp_path: Path, llama_teacher: Path, calibration_file: Path, changes: dict[str, Any]
+) -> None:
+    plain = {"cluster": changes.get("cluster", "activations"), "regroup_rounds": 0}
+    reports = {
+        name: convert(options(llama_teacher, tmp_path / name, calibration_file, **{**plain, **added}))
+        for name, added in {"plain": {}, "changed": changes}.items()
+    }
+    assert all(layer["size_variation"] == 0 for layer in reports["changed"].layers)
+    assignments = [load_targets(tmp_path / name).assignment_LF for name in reports]
+    assert not torch.equal(*assignments)
+    if "restarts" in changes:
+        first = [report.layers[0]["objective"] for report in reports.values()]
+        assert first[1] <= first[0]

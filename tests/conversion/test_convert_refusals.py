@@ -83,7 +83,7 @@ def test_tensor_with_nan_is_named(refused: Callable[..., str], tmp_path: Path, l
     weights = load_file(teacher / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 2] = torch.nan
     save_file(weights, teacher / "model.safetensors", {"format": "pt"})
-    assert "tensor model.layers.1.mlp.up_proj.weight holds NaN" in refused(teacher=teacher)
+    assert "tensor model.layers.1.mlp.up_proj.weight (layer 1) holds NaN" in refused(teacher=teacher)
 
 
 def test_missing_tensor_is_named(refused: Callable[..., str], tmp_path: Path, llama_teacher: Path) -> None:
@@ -101,6 +101,21 @@ def test_missing_shard_is_named(refused: Callable[..., str], tmp_path: Path, lla
     assert "shard model-00001-of-00002.safetensors" in refused(teacher=teacher)
 
 
+def test_index_at_odds_with_its_shards(refused: Callable[..., str], tmp_path: Path, llama_teacher: Path) -> None:
+    teacher = damaged_teacher(tmp_path / "teacher", llama_teacher)
+    names = list(load_file(teacher / "model.safetensors"))
+    index = {"weight_map": dict.fromkeys(names[1:], "model.safetensors")}
+    (teacher / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"tensor {names[0]} is not named in model.safetensors.index.json" in refused(teacher=teacher)
+
+
+def test_quantised_teacher(refused: Callable[..., str], tmp_path: Path, llama_teacher: Path) -> None:
+    teacher = damaged_teacher(tmp_path / "teacher", llama_teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    assert "quantization_config is set (fp8)" in refused(teacher=teacher)
+
+
 def test_weights_that_are_not_safetensors(refused: Callable[..., str], tmp_path: Path, llama_teacher: Path) -> None:
     teacher = damaged_teacher(tmp_path / "teacher", llama_teacher)
     (teacher / "model.safetensors").rename(teacher / "pytorch_model.bin")
@@ -115,6 +130,10 @@ def test_width_that_the_experts_do_not_divide(refused: Callable[..., str]) -> No
     message = refused(experts=6, shared_experts=1)
     assert "does not divide the teacher's FFN width 64" in message
     assert message.endswith("counts that work in every dtype: 4, 8")
+
+
+def test_small_clusters_that_do_not_fill_a_slice(refused: Callable[..., str]) -> None:
+    assert "--overcluster is 3, which does not divide the 8 neurons of a slice" in refused(overcluster=3)
 
 
 def test_slices_too_thin_for_grouped_products(refused: Callable[..., str]) -> None:
