@@ -71,7 +71,7 @@ def _closest_pair(distance_MM: np.ndarray, size_M: np.ndarray, n_clusters: int) 
 
 
 def packable(sizes: list[int], n_bins: int, room: int) -> bool:
-    """Whether first-fit-decreasing packs the sizes into bins of that room.
+    """Whether first-fit-decreasing packs the sizes, each of at most `room`, into bins of that room.
 
     Where it does and the bins come out full, it still does after the largest size that does not fill a bin merges
     with the next one in its bin, so a search that keeps to it never gets stuck.

@@ -28,9 +28,9 @@ def refit_down(
 
     active_SF: hidden activations times `neuron_weights`. penalty_k is `ridge` times the weighted square sum of neuron k
     plus its mean over neurons: it pulls to the teacher's own columns, which a neuron that is never active keeps.
-    Solved over the smaller of S and F, in fp64 on the normal equations.
+    Solved over the smaller of S and F, in fp64; its sums over tokens are fp32, which the ridge forgives.
     """
-    root_S1 = token_weight_S.double().sqrt()[:, None]
+    root_S1 = token_weight_S.sqrt()[:, None]
     residual_SD = (target_SD - active_SF @ down_DF.T) * root_S1
     active_SF = active_SF * root_S1
     n_tokens, width = active_SF.shape
@@ -45,11 +45,12 @@ def refit_down(
         kernel_SS = scaled_SF @ active_SF.T
         kernel_SS.diagonal().add_(1.0)
         change_FD = scaled_SF.T @ _solve(kernel_SS, residual_SD)
-    return down_DF + change_FD.T.float()
+    return down_DF + change_FD.T
 
 
 def _solve(positive_XX: torch.Tensor, right_XD: torch.Tensor) -> torch.Tensor:
-    return torch.cholesky_solve(right_XD, torch.linalg.cholesky(positive_XX))
+    factor_XX = torch.linalg.cholesky(positive_XX.double())
+    return torch.cholesky_solve(right_XD.double(), factor_XX).float()
 
 
 def reconstruction_error(target_SD: torch.Tensor, output_SD: torch.Tensor, token_weight_S: torch.Tensor) -> float:

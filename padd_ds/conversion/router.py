@@ -92,8 +92,12 @@ class CalibratedRouter:
 
 def expert_contributions(hidden_SF: torch.Tensor, down_DF: torch.Tensor, members_EG: torch.Tensor) -> torch.Tensor:
     """[S, E]: length of what each routed expert adds to the residual stream, ||W_down[:, C_j] h_Cj||."""
-    lengths = [(hidden_SF[:, members_G] @ down_DF[:, members_G].T).norm(dim=1) for members_G in members_EG]
-    return torch.stack(lengths, dim=1)
+    # From the Gram matrix of an expert's columns, which is far smaller than its output.
+    squares = []
+    for members_G in members_EG:
+        down_DG, hidden_SG = down_DF[:, members_G], hidden_SF[:, members_G]
+        squares.append((hidden_SG @ (down_DG.T @ down_DG) * hidden_SG).sum(dim=1))
+    return torch.stack(squares, dim=1).clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)

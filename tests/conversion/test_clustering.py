@@ -90,7 +90,7 @@ def test_assignment_to_fixed_centres_is_the_optimal_one(n_points: int, n_cluster
     start_P = torch.arange(n_points) % n_clusters
     found_P = balanced_assignment(cost_PE, start_P)
     size = n_points // n_clusters
-    rows, columns = linear_sum_assignment(cost_PE.repeat_interleave(size, dim=1).numpy())
+    _, columns = linear_sum_assignment(cost_PE.repeat_interleave(size, dim=1).numpy())
     optimum = total(cost_PE, torch.tensor(columns) // size)
     assert torch.bincount(found_P, minlength=n_clusters).tolist() == [size] * n_clusters
     assert total(cost_PE, found_P) == pytest.approx(optimum, rel=1e-6)
@@ -101,7 +101,7 @@ def test_an_assignment_with_many_ties_is_optimal_too() -> None:
     cost_PE = torch.randint(3, (240, 6), generator=seeded(9)).float()
     cost_PE[:100] = cost_PE[0]  # a hundred neurons that cannot be told apart
     found_P = balanced_assignment(cost_PE, torch.arange(240) % 6)
-    rows, columns = linear_sum_assignment(cost_PE.repeat_interleave(40, dim=1).numpy())
+    _, columns = linear_sum_assignment(cost_PE.repeat_interleave(40, dim=1).numpy())
     assert total(cost_PE, found_P) == total(cost_PE, torch.tensor(columns) // 40)
 
 

@@ -107,7 +107,7 @@ def measured(points_PC: torch.Tensor, assignment_P: torch.Tensor, n_clusters: in
 @small
 @given(cluster_counts, cluster_sizes, seeds)
 def test_the_order_of_the_points_does_not_change_an_assignment(n_clusters, size, seed) -> None:
-    """Promised where one assignment is the cheapest: permuted costs give the permuted assignment, whatever the start."""
+    """Promised where one assignment is the cheapest: permuted costs give it permuted, whatever the start."""
     cost_PE = distinct(n_clusters * size, n_clusters, seed)
     order_P = permutation(len(cost_PE), seed + 1)
     start_P = torch.arange(len(cost_PE)) % n_clusters

@@ -28,17 +28,15 @@ def test_merging_equals_scipy_where_its_clusters_are_equal() -> None:
     assert torch.equal(same_group(found_M), same_group(torch.tensor(expected)))
 
 
-def test_mean_distances_decide_and_not_the_nearest_or_farthest_ones() -> None:
-    # 0 and 1 merge; then 2.9 is nearest to 1 (1.9), but at 2.4 in the mean from both, and 5.1 is at 2.2 from 2.9.
-    assert merge_equally(torch.tensor([[0.0], [1.0], [2.9], [5.1]]), 2).tolist() == [0, 0, 1, 1]
-    # The mean distances to {0, 1}, 2.0 and 2.1, decide between 2.5 and -1.6.
-    found = merge_equally(torch.tensor([[0.0], [1.0], [2.5], [-1.6], [50.0], [51.0]]), 2)
-    assert found.tolist() == [0, 0, 0, 1, 1, 1]
+def test_mean_distances_decide_and_neither_the_nearest_nor_the_farthest_ones() -> None:
+    # 0 and 2 merge. Then 4.1 is at 2.1, 3.1 and 4.1 from them as the nearest, the mean and the farthest distance.
+    assert merge_equally(torch.tensor([[0.0], [2.0], [4.1], [6.7], [-4.0], [11.0]]), 2).tolist() == [0, 0, 1, 1, 0, 1]
+    assert merge_equally(torch.tensor([[0.0], [2.0], [4.1], [7.7], [-5.0], [13.0]]), 2).tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_sizes_forbid_what_is_nearest() -> None:
-    # Four of a kind and two others: the fourth has to go with them.
-    found = merge_equally(torch.tensor([[0.0], [0.1], [0.2], [9.0], [0.35], [9.5]]), 2)
+    # Four near 0 and two near 9: the fourth has to go with those.
+    found = merge_equally(torch.tensor([[0.0], [0.1], [0.2], [9.0], [0.4], [9.5]]), 2)
     assert found.tolist() == [0, 0, 0, 1, 1, 1]
 
 
@@ -53,7 +51,7 @@ def test_packable_by_hand() -> None:
     assert packable([2, 2, 1, 1], 2, 3)
     assert not packable([2, 2, 2], 2, 3)
     assert packable([3, 3, 2, 2, 2], 2, 6)
-    assert not packable([5, 5, 5], 3, 4)
+    assert not packable([3, 3, 3], 2, 5)
 
 
 def test_merged_clusters_are_refined_without_a_rise() -> None:
