@@ -52,9 +52,8 @@ class Demo:
 TINY_EVALUATION = ["--pattern", r"#(-?\d+)$", "--answer-format", "pattern", "--template", "plain"]
 TINY_EVALUATION += ["--subject-field", "subject", "--solution-field", "solution"]
 TINY_EVALUATION += ["--max-new-tokens", "48", "--batch-size", "128", "--samples", "4"]
-TINY_CONVERSION = ["--experts", "16", "--shared-experts", "2", "--top-k", "6"]
-TINY_CONVERSION += ["--calibration", "{out}/data/train.jsonl", "--calibration-part", "A"]
-TINY_CONVERSION += ["--calibration-field", "question,solution"]
+TINY_CALIBRATION = ["--calibration", "{out}/data/train.jsonl", "--calibration-part", "A"]
+TINY_CALIBRATION += ["--calibration-field", "question,solution", "--calibration-tokens"]
 
 TINY_TEACHER = [
     "-m",
@@ -126,7 +125,7 @@ DEMOS = {
         make_teacher=[
             [*TINY_TEACHER, "--steps", "1800"],
         ],
-        convert=TINY_CONVERSION,
+        convert=["--experts", "16", "--shared-experts", "2", "--top-k", "6", *TINY_CALIBRATION, "5888"],
         evaluate=TINY_EVALUATION,
         warmup="ds_configs/runs/demo_tiny_warmup.yaml",
         joint="ds_configs/runs/demo_tiny_joint.yaml",
@@ -139,7 +138,7 @@ DEMOS = {
             [*TINY_TEACHER, "--steps", "4", "--train-problems", "60", "--test-problems", "4"]
             + ["--hidden-size", "32", "--layers", "2", "--ffn-size", "128", "--heads", "2", "--kv-heads", "1"],
         ],
-        convert=["--experts", "8", "--shared-experts", "2", "--top-k", "3", *TINY_CONVERSION[6:]],
+        convert=["--experts", "8", "--shared-experts", "2", "--top-k", "3", *TINY_CALIBRATION, "512"],
         evaluate=[*TINY_EVALUATION, "--max-new-tokens", "8"],
         warmup="ds_configs/runs/demo_tiny_warmup.yaml",
         joint="ds_configs/runs/demo_tiny_joint.yaml",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from padd_ds.conversion import clustering
 from padd_ds.conversion.clustering import (
     balanced_assignment,
     balanced_kmeans,
@@ -80,8 +81,13 @@ def test_separated_groups_are_found() -> None:
     assert torch.equal(assignment_P[:, None] == assignment_P, same_truth_PP)
 
 
+@pytest.mark.parametrize("price_steps", [0, clustering.PRICE_STEPS])
 @pytest.mark.parametrize(("n_points", "n_clusters"), [(192, 12), (600, 5), (64, 64), (90, 2)])
-def test_assignment_to_fixed_centres_is_the_optimal_one(n_points: int, n_clusters: int) -> None:
+def test_assignment_to_fixed_centres_is_the_optimal_one(
+    n_points: int, n_clusters: int, price_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However good the prices are that it starts from."""
+    monkeypatch.setattr(clustering, "PRICE_STEPS", price_steps)
     points_PC, centres_EC = (
         torch.randn(n_points, 4, generator=seeded(6)),
         torch.randn(n_clusters, 4, generator=seeded(7)),

@@ -34,6 +34,12 @@ def test_mean_distances_decide_and_neither_the_nearest_nor_the_farthest_ones() -
     assert merge_equally(torch.tensor([[0.0], [2.0], [4.1], [7.7], [-5.0], [13.0]]), 2).tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_every_small_cluster_counts_alike_in_a_mean_distance() -> None:
+    # 6.0 is at (6 + 5 + 3.4) / 3 = 4.8 from {0, 1, 2.6}, further than from 10.6; if 2.6 counted twice, at 4.45.
+    places = [0.0, 1.0, 2.6, 6.0, 10.6, -9.0, 20.0, 24.5]
+    assert merge_equally(torch.tensor(places)[:, None], 2).tolist() == [0, 0, 0, 1, 1, 0, 1, 1]
+
+
 def test_sizes_forbid_what_is_nearest() -> None:
     # Four near 0 and two near 9: the fourth has to go with those.
     found = merge_equally(torch.tensor([[0.0], [0.1], [0.2], [9.0], [0.4], [9.5]]), 2)
