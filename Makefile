@@ -15,10 +15,14 @@ MODEL ?=
 RESULTS ?= results
 EVAL_ARGS ?=
 
+# Texts of the conversion benchmark.
+CALIBRATION ?=
+EVALUATION ?=
+
 LINTED := padd_ds tests tools
 RUFF_RULES := --line-length 120 --select E,F,I,B,UP,SIM,C4,RUF --ignore SIM905,RUF005
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast eval-gsm8k eval-math500 clean
+.PHONY: help setup check-system demo demo-tiny test lint test-fast eval-gsm8k eval-math500 bench-convert clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -47,6 +51,15 @@ eval-gsm8k: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 on GSM8K's test set
 
 eval-math500: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 on MATH500
 	$(call evaluate,math500)
+
+bench-convert: $(READY)  ## CALIBRATION=file EVALUATION=file: clustering, untrained students, memory and time of padd-convert
+	@test -f "$(CALIBRATION)" -a -f "$(EVALUATION)" || { echo "error: CALIBRATION and EVALUATION must be text files," \
+	    "such as the validation and test part of WikiText-2" >&2; exit 2; }
+	test -d bench/teacher || $(BIN)/python tools/smollm2.py --output bench/teacher
+	$(BIN)/python tools/bench_clustering.py
+	$(BIN)/python tools/bench_quality.py --teacher bench/teacher --calibration "$(CALIBRATION)" --evaluation "$(EVALUATION)"
+	$(BIN)/python tools/bench_scale.py --folder bench
+	$(BIN)/python tools/bench_scale.py --folder bench --calibration "$(CALIBRATION)"
 
 clean:  ## delete .venv and caches
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info
