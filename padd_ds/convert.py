@@ -79,6 +79,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "per token (default 1)",
     )
     parser.add_argument(
+        "--dense-layers", default=0, type=int, metavar="K", help="first layers that stay as they are (default 0)"
+    )
+    parser.add_argument(
         "--reinit-share",
         default=0.0,
         type=float,

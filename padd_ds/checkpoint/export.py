@@ -86,7 +86,7 @@ def _check_complete(student: Path, names: set[str], checkpoint: Checkpoint) -> N
     config = json.loads((student / "config.json").read_text(encoding="utf-8"))
     expected = {
         f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"
-        for layer in range(config["num_hidden_layers"])
+        for layer in range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
         for expert in range(config["n_routed_experts"])
         for projection in ("gate", "up", "down")
     } | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}

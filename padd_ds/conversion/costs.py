@@ -36,27 +36,30 @@ class Cost:
         return self.matmul_flops_per_token - head + self.attention_flops_per_token // 2
 
 
-def model_costs(config: Any, family: Family, slicing: Slicing) -> tuple[Cost, Cost]:
+def model_costs(config: Any, family: Family, slicing: Slicing, dense_layers: int = 0) -> tuple[Cost, Cost]:
     """(teacher, student) from the teacher's config. A tied head is held once but multiplied all the same."""
     ffn = 3 * config.hidden_size * slicing.width
-    active_ffn = ffn * (slicing.shared + slicing.top_k) // slicing.experts
-    held_ffn = ffn * (slicing.shared + slicing.routed) // slicing.experts
     router = slicing.routed * config.hidden_size
-    teacher = _cost(config, family, ffn, ffn, n_tables=1 if config.tie_word_embeddings else 2)
-    student = _cost(config, family, held_ffn + router, active_ffn + router, n_tables=2)
+    held = ffn * (slicing.shared + slicing.routed) // slicing.experts + router
+    active = ffn * (slicing.shared + slicing.top_k) // slicing.experts + router
+    layers, dense = config.num_hidden_layers, dense_layers * ffn
+    sliced = layers - dense_layers
+    teacher = _cost(config, family, layers * ffn, layers * ffn, n_tables=1 if config.tie_word_embeddings else 2)
+    student = _cost(config, family, dense + sliced * held, dense + sliced * active, n_tables=2)
     return teacher, student
 
 
 def _cost(config: Any, family: Family, held_ffn: int, active_ffn: int, n_tables: int) -> Cost:
+    """From the FFN parameters of all layers, held and active."""
     layers, width = config.num_hidden_layers, config.hidden_size
     matrices, vectors = _attention_parameters(config, family)
     vectors += 2 * width
     table = config.vocab_size * width
-    outside = n_tables * table + width
+    outside = layers * (matrices + vectors) + n_tables * table + width
     return Cost(
-        total_parameters=layers * (matrices + held_ffn + vectors) + outside,
-        active_parameters=layers * (matrices + active_ffn + vectors) + outside,
-        matmul_flops_per_token=2 * (layers * (matrices + active_ffn) + table),
+        total_parameters=held_ffn + outside,
+        active_parameters=active_ffn + outside,
+        matmul_flops_per_token=2 * (layers * matrices + active_ffn + table),
         head_flops_per_token=2 * table,
         attention_flops_per_token=4 * layers * ATTENTION_CONTEXT * config.num_attention_heads * head_dim_of(config),
     )

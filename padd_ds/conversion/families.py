@@ -109,8 +109,10 @@ def _slides(config: Any) -> bool:
     return config.model_type == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or [])
 
 
-def student_config(config: Any, family: Family, slicing: Slicing, dtype_name: str) -> Glm4MoeConfig:
-    """The student's config: same model with every FFN as S shared and N - S routed slices.
+def student_config(
+    config: Any, family: Family, slicing: Slicing, dtype_name: str, dense_layers: int = 0
+) -> Glm4MoeConfig:
+    """The student's config: same model with every FFN behind the first `dense_layers` as shared and routed slices.
 
     `routed_scaling_factor` is top_k, so that the normalised weights of the chosen experts are about 1
     each, and exactly 1 where all are chosen with equal scores.
@@ -132,7 +134,7 @@ def student_config(config: Any, family: Family, slicing: Slicing, dtype_name: st
         norm_topk_prob=True,
         n_group=1,
         topk_group=1,
-        first_k_dense_replace=0,
+        first_k_dense_replace=dense_layers,
         num_nextn_predict_layers=0,
         architectures=["Glm4MoeForCausalLM"],
         dtype=dtype_name,

@@ -42,6 +42,7 @@ class ConversionOptions:
         0 leaves the k-means groups.
     refit: fit down_proj by least squares to what the routing leaves active, on the calibration data.
     replicate: copies of every routed expert; more total parameters, the same number per token.
+    dense_layers: first layers that stay dense, all of their FFN active.
     reinit_share: share of the neurons of all copies but the first that are drawn anew.
     evaluation: text or JSONL file to report the perplexity of teacher and student on.
     evaluation_tokens: how many tokens of it are used.
@@ -69,6 +70,7 @@ class ConversionOptions:
     regroup_rounds: int = 4
     refit: bool = False
     replicate: int = 1
+    dense_layers: int = 0
     reinit_share: float = 0.0
     evaluation: Path | None = None
     evaluation_tokens: int = 16384
@@ -94,6 +96,7 @@ class ConversionOptions:
             ("--regroup-rounds", self.regroup_rounds, 0),
             ("--replicate", self.replicate, 1),
             ("--restarts", self.restarts, 1),
+            ("--dense-layers", self.dense_layers, 0),
             ("--overcluster", self.overcluster, 1),
         ):
             if value < least:
@@ -141,6 +144,7 @@ class ConversionOptions:
             "--refit": self.refit,
             "--controls": self.controls,
             "--replicate": self.replicate > 1,
+            "--dense-layers": self.dense_layers > 0,
         }
         for option in (name for name, is_given in given.items() if is_given):
             raise UserError(f"{option} does not go with --student, whose experts stay as they are; leave it out")

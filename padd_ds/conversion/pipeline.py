@@ -51,8 +51,9 @@ def convert(options: ConversionOptions, page: Callable[[dict[str, Any]], str] | 
         facts = [layer_facts for _, layer_facts in records]
         exactness, perplexity = _conclude(plan, states, max(one["exactness_error"] for one in facts))
         _write_companions(plan, work.result)
-        _write_targets(plan, [layer_targets(tensors) for tensors, _ in records], work.result)
-        contents = write_report(work.result, plan, [one["quality"] for one in facts], exactness, perplexity)
+        sliced = records[options.dense_layers :]
+        _write_targets(plan, [layer_targets(tensors) for tensors, _ in sliced], work.result)
+        contents = write_report(work.result, plan, [one["quality"] for _, one in sliced], exactness, perplexity)
         if page is not None:
             (work.result / PAGE_NAME).write_text(page(contents), encoding="utf-8")
     return ConversionReport(output=options.output, exactness=exactness, layers=contents["layers"], contents=contents)
@@ -67,7 +68,8 @@ def _sweep(plan: Plan, work: WorkFolder) -> States:
     layers = tqdm(range(done, plan.depth), initial=done, total=plan.depth, desc="converting", unit="layer")
     for layer in layers:
         finished = convert_one(plan, layer, states, work.result)
-        work.finish_layer(layer, states, finished.targets.tensors(), finished.facts)
+        targets = {} if finished.targets is None else finished.targets.tensors()
+        work.finish_layer(layer, states, targets, finished.facts)
     _write_head(plan, work.result)
     write_index(work.result, plan.n_shards)
     return states
@@ -121,7 +123,7 @@ def _write_targets(plan: Plan, targets: list[LayerTargets], result: Path) -> Non
     save_targets(
         result,
         targets,
-        plan.teacher_layers,
+        plan.teacher_layers[options.dense_layers :],
         prior_temperature=options.prior_temperature,
         cluster=options.cluster,
         router=options.router,

@@ -106,6 +106,11 @@ def make_plan(options: ConversionOptions) -> Plan:
         top_k=options.top_k,
         copies=options.replicate,
     )
+    if options.dense_layers >= config.num_hidden_layers:
+        raise UserError(
+            f"--dense-layers is {options.dense_layers}; it must be below the {config.num_hidden_layers} layers of "
+            f"{options.teacher}"
+        )
     slicing.check_overcluster(options.overcluster)
     windows = {"probe": probe_tokens(config.vocab_size), **text_windows(options, [teacher.folder])}
     teacher = open_teacher(teacher)
@@ -116,7 +121,7 @@ def make_plan(options: ConversionOptions) -> Plan:
         teacher=teacher,
         slicing=slicing,
         dtype_name=dtype_name,
-        student_config=student_config(config, family, slicing, dtype_name),
+        student_config=student_config(config, family, slicing, dtype_name, options.dense_layers),
         windows=windows,
         variants=_variants(options),
     )
@@ -216,7 +221,7 @@ def check_disk(output: Path, n_bytes: int) -> None:
 
 def _bytes_needed(plan: Plan) -> int:
     """Of the result, with the states of two layers beside it."""
-    _, student = model_costs(plan.teacher.config, plan.teacher.family, plan.slicing)
+    _, student = model_costs(plan.teacher.config, plan.teacher.family, plan.slicing, plan.options.dense_layers)
     token_bytes = plan.teacher.config.hidden_size * torch.float32.itemsize
     texts = sum(windows.numel() for name, windows in plan.windows.items() if name != "probe")
     tokens = 5 * plan.windows["probe"].numel() + texts * (1 + len(plan.variants))

@@ -17,7 +17,7 @@ def write_report(
 ) -> dict[str, Any]:
     """Write the report to `folder` and return its contents."""
     options, slicing, teacher = plan.options, plan.slicing, plan.teacher
-    teacher_cost, student_cost = model_costs(teacher.config, teacher.family, slicing)
+    teacher_cost, student_cost = model_costs(teacher.config, teacher.family, slicing, options.dense_layers)
     contents = {
         "teacher": {
             "source": options.teacher,
@@ -33,7 +33,8 @@ def write_report(
             "shared": slicing.shared,
             "routed": slicing.routed,
             "top_k": slicing.top_k,
-            "ffn_active_share": slicing.active_share,
+            "dense_layers": options.dense_layers,
+            "ffn_active_share": mean_active_share(plan),
         },
         "exactness": asdict(exactness),
         "perplexity": perplexity,
@@ -47,6 +48,12 @@ def write_report(
     }
     (folder / FILE_NAME).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     return contents
+
+
+def mean_active_share(plan: Plan) -> float:
+    """Share of the FFN parameters that a token passes through, mean over layers."""
+    dense = plan.options.dense_layers
+    return (dense + (plan.depth - dense) * plan.slicing.active_share) / plan.depth
 
 
 def _cost(cost: Cost) -> dict[str, int]:

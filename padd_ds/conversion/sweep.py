@@ -28,9 +28,9 @@ REINIT = 1  # sets the draws of the copies apart from those of the clustering
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedLayer:
-    """A layer that has been written: what training needs of it, and what a reader wants to know."""
+    """A layer that has been written: what training needs of it unless it is dense, and what a reader wants to know."""
 
-    targets: LayerTargets
+    targets: LayerTargets | None
     facts: dict[str, Any]
 
 
@@ -58,15 +58,30 @@ def convert_one(plan: Plan, layer: int, states: States, result: Path) -> Finishe
         states[f"{CALIBRATION}/{TEACHER}"] = after_BTD + teacher.feed(teacher_x_BTD)
     if EVALUATION in plan.windows:
         states[f"{EVALUATION}/{TEACHER}"] = teacher.forward(states[f"{EVALUATION}/{TEACHER}"])
+    if layer < plan.options.dense_layers:
+        return _keep_dense(plan, layer, states, teacher, stored, result)
     converted = {
         variant: _convert_variant(plan, layer, variant, states, teacher, teacher_x_BTD, stored)
         for variant in plan.variants
     }
     student = converted[STUDENT]
-    path = _write_layer(plan, layer, stored, student, result)
+    path = _write_layer(plan, layer, _student_tensors(plan, layer, stored, student), result)
     error = _prove(plan, layer, states, teacher, stored, student, path)
     facts = {"exactness_error": error, "quality": {name: asdict(one.quality) for name, one in converted.items()}}
     return FinishedLayer(targets=student.targets, facts=facts)
+
+
+def _keep_dense(plan: Plan, layer: int, states: States, teacher: Block, stored: Tensors, result: Path) -> FinishedLayer:
+    """Take a layer over as it is, and move the streams of all variants past it."""
+    tensors = {name: tensor.to(plan.dtype) for name, tensor in stored.items()}
+    block = _student_block(plan, layer, tensors, torch.float32)
+    for text in {CALIBRATION, EVALUATION} & plan.windows.keys():
+        for variant in plan.variants:
+            states[f"{text}/{variant}"] = block.forward(states[f"{text}/{variant}"])
+    path = _write_layer(plan, layer, tensors, result)
+    written = _student_block(plan, layer, _read_shard(path, layer), plan.dtype)
+    error = advance_probes(states, teacher, written, plan.dtype, layer)
+    return FinishedLayer(targets=None, facts={"exactness_error": error, "quality": None})
 
 
 def teacher_block(plan: Plan, layer: int, stored: Tensors) -> Block:
@@ -136,8 +151,12 @@ def _cut(plan: Plan, stored: Tensors, converted: ConvertedLayer) -> Tensors:
     return {**copied, **dict(moe_tensors(ffn, members_NG, router.weight_ED.cpu(), router.bias_E.cpu()))}
 
 
-def _write_layer(plan: Plan, layer: int, stored: Tensors, student: ConvertedLayer, result: Path) -> Path:
-    tensors = _student_tensors(plan, layer, stored, student)
+def _read_shard(path: Path, layer: int) -> Tensors:
+    prefix = f"model.layers.{layer}."
+    return {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+
+
+def _write_layer(plan: Plan, layer: int, tensors: Tensors, result: Path) -> Path:
     named = {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
     return write_shard(result, layer + 2, plan.n_shards, named)
 
@@ -146,8 +165,7 @@ def _prove(
     plan: Plan, layer: int, states: States, teacher: Block, stored: Tensors, student: ConvertedLayer, path: Path
 ) -> float:
     """The error of the written layer; what a refit or a draw has changed on purpose is taken back first."""
-    prefix = f"model.layers.{layer}."
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+    tensors = _read_shard(path, layer)
     if student.refitted_down_DF is not None or plan.options.reinit_share:
         plain = _cut(plan, stored, replace(student, refitted_down_DF=None))
         changed = ("down_proj.weight",) if not plan.options.reinit_share else ("_proj.weight",)

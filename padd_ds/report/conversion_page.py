@@ -107,7 +107,8 @@ def _context(contents: Mapping[str, Any]) -> int:
 
 def _panels(contents: Mapping[str, Any]) -> str:
     of_variant = {"student": contents["layers"], **contents["controls"]}
-    parts = [_curve(of_variant, *description) for description in CURVES]
+    first = contents.get("slices", {}).get("dense_layers", 0)
+    parts = [_curve(of_variant, first, *description) for description in CURVES]
     loads = [layer["expected_load"] for layer in contents["layers"]]
     if all(load is not None for load in loads):
         parts.append(_load_map(np.array(loads)))
@@ -115,11 +116,11 @@ def _panels(contents: Mapping[str, Any]) -> str:
 
 
 def _curve(
-    of_variant: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, title: str, unit: str, caption: str
+    of_variant: Mapping[str, Sequence[Mapping[str, Any]]], first: int, metric: str, title: str, unit: str, caption: str
 ) -> str | None:
     series, names = [], []
     for name, layers in of_variant.items():
-        known = [(index, layer[metric]) for index, layer in enumerate(layers) if layer[metric] is not None]
+        known = [(index, layer[metric]) for index, layer in enumerate(layers, first) if layer[metric] is not None]
         if known:
             steps, values = np.array(known, dtype=float).T
             series.append(Series(steps=steps, values=values))

@@ -100,7 +100,8 @@ def _targets(config: RunConfig, student_config: Any) -> ConversionTargets | None
     remedy = "convert with --calibration, or set warmup.init_weight=0"
     if targets.expert_prior_LE is None:
         raise UserError(f"{folder}: padd_targets.safetensors holds no p_T; {remedy}")
-    shape = (student_config.num_hidden_layers, student_config.n_routed_experts)
+    n_sliced = student_config.num_hidden_layers - student_config.first_k_dense_replace
+    shape = (n_sliced, student_config.n_routed_experts)
     if tuple(targets.expert_prior_LE.shape) != shape:
         raise UserError(
             f"{folder}: p_T is for {tuple(targets.expert_prior_LE.shape)} layers and experts, the student has {shape}"

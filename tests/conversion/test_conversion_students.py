@@ -27,7 +27,7 @@ def load_all_active(folder: Path) -> Any:
     config.num_experts_per_tok = config.n_routed_experts
     config.routed_scaling_factor = float(config.n_routed_experts)
     model = AutoModelForCausalLM.from_pretrained(folder, config=config)
-    for layer in model.model.layers:
+    for layer in model.model.layers[config.first_k_dense_replace :]:
         layer.mlp.gate.weight.data.zero_()
     return model.eval()
 
@@ -325,3 +325,22 @@ def test_ways_to_group_give_other_groups_of_the_same_sizes(
     if "restarts" in changes:
         first = [report.layers[0]["objective"] for report in reports.values()]
         assert first[1] <= first[0]
+
+
+def test_first_layers_stay_dense(tmp_path: Path, llama_teacher: Path, calibration_file: Path) -> None:
+    text = {"evaluation": calibration_file, "evaluation_tokens": 512, "controls": True}
+    report = convert(options(llama_teacher, tmp_path / "student", calibration_file, dense_layers=1, **text))
+    paths = (tmp_path / "student", llama_teacher)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in paths)
+    assert torch.equal(student.model.layers[0].mlp.up_proj.weight, teacher.model.layers[0].mlp.up_proj.weight)
+    assert relative_error(teacher, load_all_active(tmp_path / "student")) <= 1e-5
+    assert len(report.layers) == 1
+    assert load_targets(tmp_path / "student").layer_map_L.tolist() == [1]
+    # Of two layers one is whole, of the other 5 of 8 slices are active.
+    assert report.contents["slices"]["ffn_active_share"] == pytest.approx((1 + 5 / 8) / 2)
+    assert report.contents["costs"]["student"]["total_parameters"] == student.num_parameters()
+    tokenizer = AutoTokenizer.from_pretrained(llama_teacher)
+    ids_BT = torch.tensor(tokenizer(calibration_file.read_text())["input_ids"][:512]).view(2, 256)
+    with torch.no_grad():
+        expected = float(student(ids_BT, labels=ids_BT).loss.exp())
+    assert report.contents["perplexity"]["student"] == pytest.approx(expected, rel=1e-4)

@@ -116,6 +116,24 @@ def test_quantised_teacher(refused: Callable[..., str], tmp_path: Path, llama_te
     assert "quantization_config is set (fp8)" in refused(teacher=teacher)
 
 
+def test_config_of_another_model(refused: Callable[..., str], tmp_path: Path, llama_teacher: Path) -> None:
+    teacher = damaged_teacher(tmp_path / "teacher", llama_teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    message = refused(teacher=teacher)
+    assert "tensor model.layers.0.mlp.gate_proj.weight is [64, 32], and config.json asks for [128, 32]" in message
+
+
+def test_head_that_is_not_the_embedding_it_is_tied_to(
+    refused: Callable[..., str], tmp_path: Path, llama_teacher: Path
+) -> None:
+    teacher = damaged_teacher(tmp_path / "teacher", llama_teacher)
+    weights = load_file(teacher / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, teacher / "model.safetensors", {"format": "pt"})
+    assert "tie_word_embeddings is true in config.json, and lm_head.weight differs" in refused(teacher=teacher)
+
+
 def test_weights_that_are_not_safetensors(refused: Callable[..., str], tmp_path: Path, llama_teacher: Path) -> None:
     teacher = damaged_teacher(tmp_path / "teacher", llama_teacher)
     (teacher / "model.safetensors").rename(teacher / "pytorch_model.bin")
@@ -134,6 +152,10 @@ def test_width_that_the_experts_do_not_divide(refused: Callable[..., str]) -> No
 
 def test_small_clusters_that_do_not_fill_a_slice(refused: Callable[..., str]) -> None:
     assert "--overcluster is 3, which does not divide the 8 neurons of a slice" in refused(overcluster=3)
+
+
+def test_no_layer_left_to_cut(refused: Callable[..., str]) -> None:
+    assert "--dense-layers is 2; it must be below the 2 layers" in refused(dense_layers=2)
 
 
 def test_slices_too_thin_for_grouped_products(refused: Callable[..., str]) -> None:
