@@ -114,7 +114,9 @@ def test_new_logits_spread_as_the_old_ones(tmp_path: Path, teacher: Path, calibr
     for folder in (student, tmp_path / "out"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         seen: list[torch.Tensor] = []
-        model.model.layers[0].mlp.gate.register_forward_hook(lambda m, a, output, seen=seen: seen.append(output[0]))
+        model.model.layers[0].mlp.gate.register_forward_hook(
+            lambda m, a, output, seen=seen: seen.append(output[0].detach())
+        )
         tokens = AutoTokenizer.from_pretrained(folder)(calibration_file.read_text())["input_ids"][:512]
         model(torch.tensor(tokens).view(2, 256))
         spreads.append(float(seen[0].std(dim=1, correction=0).mean()))
