@@ -11,7 +11,7 @@ import torch
 
 MAX_ITERATIONS = 50
 PRICE_STEPS = 12
-PRICE_DAMPING = 0.9  # of the step that would balance a cluster if all others stood still; at 1 the prices can oscillate
+PRICE_DAMPING = 0.8  # of the step that would balance a cluster if all others stood still; at 1 the prices can oscillate
 PRICED_EXCESS = 0.005  # share of the points that may be in excess of the cluster sizes when the prices are good enough
 
 
@@ -74,7 +74,7 @@ def refine(
     square_sum = float(square_P.sum(dtype=torch.float64))
     centroids_EC = cluster_means(points_PC, assignment_P, n_clusters)
     costs = [square_sum - _explained(centroids_EC, len(points_PC))]
-    price_E = None
+    price_E = np.zeros(n_clusters)
     for _ in range(max_iterations):
         plain_PE = distances(points_PC, centroids_EC, square_P)
         for cost_PE in (following_means(plain_PE, assignment_P), plain_PE):
@@ -107,57 +107,62 @@ def following_means(cost_PE: torch.Tensor, assignment_P: torch.Tensor) -> torch.
 
 
 def balanced_assignment(cost_PE: torch.Tensor, start_P: torch.Tensor) -> torch.Tensor:
-    """[P] int64: the balanced assignment of the least total cost, to rounding; `start_P` where that is no dearer."""
-    return _assign(cost_PE, start_P, None)[0]
+    """[P] int64: the balanced assignment of the least total cost, to rounding; `start_P` where that is no dearer.
+
+    ValueError unless the costs are finite.
+    """
+    return _assign(cost_PE, start_P, np.zeros(cost_PE.shape[1]))[0]
 
 
-def _assign(
-    cost_PE: torch.Tensor, start_P: torch.Tensor, price_E: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(`balanced_assignment`, the prices under which every point is in its cheapest cluster), from guessed prices."""
+def _assign(cost_PE: torch.Tensor, start_P: torch.Tensor, price_E: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    """(`balanced_assignment`, the prices under which every point is in its cheapest cluster), from guessed prices.
+
+    On the CPU: the costs are few beside the features, and the steps are many and small.
+    """
     if not cost_PE.isfinite().all():
         raise ValueError("the costs of an assignment are not finite: the points have infinite or undefined features")
-    choice_P, price_E = _nearly_balanced(cost_PE.T.contiguous(), price_E)
-    # Little is left to do, one small step after the other: not for an accelerator.
-    cost, price = cost_PE.cpu().double().contiguous().numpy(), price_E.cpu().double().numpy()
-    labels, price = _settle(cost, choice_P.cpu().numpy(), price)
-    settled_P = torch.from_numpy(labels).to(start_P.device)
-    better = _total(cost_PE, settled_P) < _total(cost_PE, start_P)
-    return settled_P if better else start_P, torch.from_numpy(price).to(price_E)
+    cost_EP = cost_PE.T.contiguous().cpu().numpy()
+    labels_P, price_E = _settle(np.ascontiguousarray(cost_EP.T), *_nearly_balanced(cost_EP, price_E))
+    better = _total(cost_EP, labels_P) < _total(cost_EP, start_P.cpu().numpy())
+    return torch.from_numpy(labels_P).to(start_P.device) if better else start_P, price_E
 
 
-def _total(cost_PE: torch.Tensor, assignment_P: torch.Tensor) -> float:
-    return float(cost_PE.gather(1, assignment_P[:, None]).sum(dtype=torch.float64))
+def _total(cost_EP: np.ndarray, labels_P: np.ndarray) -> float:
+    return float(cost_EP[labels_P, np.arange(len(labels_P))].sum(dtype=np.float64))
 
 
-def _nearly_balanced(cost_EP: torch.Tensor, guess_E: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(choice_P, price_E): every point's cheapest cluster under prices that nearly balance the clusters.
+def _nearly_balanced(cost_EP: np.ndarray, guess_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(labels_P, price_E): every point's cheapest cluster under prices that nearly balance the clusters.
 
-    Ascends the dual of the assignment problem, from the guess or from no prices, whichever balances better: every
-    price moves towards the one at which exactly G points would take the cluster at the others' prices.
+    Ascends the dual of the assignment problem from the guess: every price moves towards the one at which exactly G
+    points would take the cluster at the others' prices.
     """
     n_clusters, n_points = cost_EP.shape
     size = n_points // n_clusters
-
-    def excess(choice_P: torch.Tensor) -> int:
-        return int((torch.bincount(choice_P, minlength=n_clusters) - size).clamp(min=0).sum())
-
-    price_E = cost_EP.new_zeros(n_clusters)
-    cheapest_P, choice_P = cost_EP.min(dim=0)
-    if guess_E is not None:
-        guessed_P, guessed_choice_P = (cost_EP + guess_E[:, None]).min(dim=0)
-        if excess(guessed_choice_P) < excess(choice_P):
-            price_E, cheapest_P, choice_P = guess_E, guessed_P, guessed_choice_P
-    for _ in range(PRICE_STEPS):
-        if excess(choice_P) <= PRICED_EXCESS * n_points:
+    points_P = np.arange(n_points)
+    price_E = guess_E.astype(cost_EP.dtype)
+    for step in range(PRICE_STEPS + 1):
+        offer_EP = cost_EP + price_E[:, None]
+        cheapest_P, labels_P = _cheapest(offer_EP)
+        if step == PRICE_STEPS or _excess(labels_P, n_clusters) <= PRICED_EXCESS * n_points:
             break
-        own_1P = choice_P[None]
-        second_P = (cost_EP + price_E[:, None]).scatter_(0, own_1P, torch.inf).amin(dim=0)
-        bid_EP = (cheapest_P - cost_EP).scatter_(0, own_1P, second_P - cost_EP.gather(0, own_1P))
-        balanced_E = bid_EP.topk(size, dim=1, sorted=False).values.amin(dim=1)
+        offer_EP[labels_P, points_P] = np.inf
+        bid_EP = cheapest_P - cost_EP
+        bid_EP[labels_P, points_P] = offer_EP.min(axis=0) - cost_EP[labels_P, points_P]
+        balanced_E = np.partition(bid_EP, n_points - size, axis=1)[:, n_points - size]
         price_E = price_E + PRICE_DAMPING * (balanced_E - price_E)
-        cheapest_P, choice_P = (cost_EP + price_E[:, None]).min(dim=0)
-    return choice_P, price_E
+    return labels_P, price_E
+
+
+def _cheapest(offer_EP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(cheapest offer to every point, the first cluster that makes it), each [P]."""
+    cheapest_P = offer_EP.min(axis=0)
+    return cheapest_P, (offer_EP == cheapest_P).argmax(axis=0)  # faster than argmin along the first axis
+
+
+def _excess(labels_P: np.ndarray, n_clusters: int) -> int:
+    """Points that are too many in their clusters."""
+    return int((np.bincount(labels_P, minlength=n_clusters) - len(labels_P) // n_clusters).clip(min=0).sum())
 
 
 def _settle(cost_PE: np.ndarray, labels_P: np.ndarray, price_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -167,13 +172,13 @@ def _settle(cost_PE: np.ndarray, labels_P: np.ndarray, price_E: np.ndarray) -> t
     cluster with room, each cluster on the way passing on the point that loses least (successive shortest paths).
     """
     n_points, n_clusters = cost_PE.shape
-    labels_P = labels_P.copy()
+    labels_P, price_E = labels_P.copy(), price_E.astype(np.float64)
     surplus_E = np.bincount(labels_P, minlength=n_clusters) - n_points // n_clusters
     step_EE = np.full((n_clusters, n_clusters), np.inf)
     stale = list(range(n_clusters))
     while surplus_E.any():
         for cluster in stale:
-            step_EE[cluster] = _steps(cost_PE, labels_P, cluster).min(axis=0, initial=np.inf)
+            step_EE[cluster] = _least_step(cost_PE, labels_P, cluster)
         far_E, before_E = _ways(np.maximum(step_EE + price_E - price_E[:, None], 0), surplus_E > 0)
         way = _way_to(int(np.where(surplus_E < 0, far_E, np.inf).argmin()), before_E)
         price_E = price_E - np.minimum(far_E, far_E[way[-1]])
@@ -184,10 +189,10 @@ def _settle(cost_PE: np.ndarray, labels_P: np.ndarray, price_E: np.ndarray) -> t
     return labels_P, price_E
 
 
-def _steps(cost_PE: np.ndarray, labels_P: np.ndarray, cluster: int) -> np.ndarray:
-    """[members of the cluster, E]: what it costs them to go elsewhere."""
-    cost_GE = cost_PE[labels_P == cluster]
-    return cost_GE - cost_GE[:, cluster : cluster + 1]
+def _least_step(cost_PE: np.ndarray, labels_P: np.ndarray, cluster: int) -> np.ndarray:
+    """[E]: what it costs that point of the cluster to go to each other one that it costs least; inf if it has none."""
+    cost_GE = cost_PE[np.flatnonzero(labels_P == cluster)]
+    return (cost_GE - cost_GE[:, cluster : cluster + 1]).min(axis=0, initial=np.inf)
 
 
 def _ways(length_EE: np.ndarray, source_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

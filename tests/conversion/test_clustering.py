@@ -131,6 +131,17 @@ def test_following_means_gives_what_a_single_move_costs() -> None:
         assert float(cost_PE[0, target] - cost_PE[0, 0]) == pytest.approx(rise, rel=1e-4)
 
 
+def test_refining_goes_on_where_plain_distances_stop() -> None:
+    points_PC = torch.randn(120, 40, generator=seeded(13))
+    assignment_P = torch.arange(120) % 6
+    for _ in range(50):
+        plain_PE = distances(points_PC, cluster_means(points_PC, assignment_P, 6))
+        settled_P, assignment_P = assignment_P, balanced_assignment(plain_PE, assignment_P)
+    assert torch.equal(settled_P, assignment_P)
+    found = refine(points_PC, assignment_P, 6)
+    assert found.costs[-1] < found.costs[0] * 0.99
+
+
 def uneven_cost(points_PC: torch.Tensor, assignment_P: torch.Tensor) -> float:
     clusters = [points_PC[assignment_P == cluster] for cluster in assignment_P.unique()]
     return sum(float((points_GC - points_GC.mean(0)).square().sum()) for points_GC in clusters)
