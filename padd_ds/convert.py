@@ -27,72 +27,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="existing MoE model (folder or hub id) that gets its router from the teacher and keeps its experts, "
         "instead of a new student; --experts, --shared-experts and --top-k are then its own",
     )
-    parser.add_argument("--cluster", default="activations", choices=CLUSTERINGS, help="how neurons are grouped")
-    parser.add_argument(
-        "--weight-features",
-        default="gate",
-        choices=WEIGHT_FEATURES,
-        help="weights that --cluster weights and mixed compare neurons by (default gate)",
-    )
-    parser.add_argument(
-        "--restarts", default=1, type=int, metavar="N", help="k-means searches per layer, the best counts (default 1)"
-    )
-    parser.add_argument(
-        "--overcluster",
-        default=1,
-        type=int,
-        metavar="M",
-        help="let k-means make M clusters per group and merge them by average linkage (default 1: none to merge)",
-    )
-    parser.add_argument("--router", default="calibrated", choices=ROUTERS, help="where the router comes from")
-    parser.add_argument("--calibration", type=Path, help="text or .jsonl file of calibration data")
-    parser.add_argument(
-        "--calibration-field", default="text", help="JSONL field, or several separated by commas (default text)"
-    )
-    parser.add_argument(
-        "--calibration-part",
-        choices=PARTS,
-        help="use only this part of the JSONL records, as training cuts them by the hash of the question, which is the "
-        "first --calibration-field; A is what training never sees",
-    )
-    parser.add_argument("--calibration-tokens", default=16384, type=int, help="tokens used of it (default 16384)")
-    parser.add_argument(
-        "--regroup-rounds",
-        default=4,
-        type=int,
-        metavar="N",
-        help="refine the groups of --cluster activations or mixed N times towards what a router can foresee "
-        "(default 4)",
-    )
-    parser.add_argument(
-        "--refit",
-        action="store_true",
-        help="fit down_proj to what the routing leaves active, on the calibration data; better before training, but "
-        "with all experts active the student is then no longer its teacher",
-    )
-    parser.add_argument(
-        "--replicate",
-        default=1,
-        type=int,
-        metavar="R",
-        help="copies of every routed expert, each for its own kind of token: R times the capacity at the same cost "
-        "per token (default 1)",
-    )
-    parser.add_argument(
-        "--dense-layers", default=0, type=int, metavar="K", help="first layers that stay as they are (default 0)"
-    )
-    parser.add_argument(
-        "--reinit-share",
-        default=0.0,
-        type=float,
-        metavar="P",
-        help="share of the neurons of all copies but the first that are drawn anew (default 0)",
-    )
-    parser.add_argument("--evaluation", type=Path, help="text or .jsonl file to report the perplexity on")
-    parser.add_argument("--evaluation-tokens", default=16384, type=int, help="tokens used of it (default 16384)")
-    parser.add_argument(
-        "--controls", action="store_true", help="report the perplexity of random and contiguous groups beside it"
-    )
+    _add_grouping(parser.add_argument_group("groups, router and fit"))
+    _add_sizes(parser.add_argument_group("other sizes"))
+    _add_texts(parser.add_argument_group("texts"))
     parser.add_argument("--prior-temperature", default=0.3, type=float, help="xi of the expert prior (default 0.3)")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the written weights (default: the teacher's)")
@@ -100,6 +37,81 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the teacher")
     return parser.parse_args(argv)
+
+
+def _add_grouping(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--cluster", default="activations", choices=CLUSTERINGS, help="how neurons are grouped")
+    group.add_argument(
+        "--weight-features",
+        default="gate",
+        choices=WEIGHT_FEATURES,
+        help="weights that --cluster weights and mixed compare neurons by (default gate)",
+    )
+    group.add_argument(
+        "--restarts", default=1, type=int, metavar="N", help="k-means searches per layer, the best counts (default 1)"
+    )
+    group.add_argument(
+        "--overcluster",
+        default=1,
+        type=int,
+        metavar="M",
+        help="let k-means make M clusters per group and merge them by average linkage (default 1: none to merge)",
+    )
+    group.add_argument(
+        "--regroup-rounds",
+        default=4,
+        type=int,
+        metavar="N",
+        help="refine the groups of --cluster activations or mixed N times towards what a router can foresee "
+        "(default 4)",
+    )
+    group.add_argument("--router", default="calibrated", choices=ROUTERS, help="where the router comes from")
+    group.add_argument(
+        "--refit",
+        action="store_true",
+        help="fit down_proj to what the routing leaves active, on the calibration data; better before training, but "
+        "with all experts active the student is then no longer its teacher",
+    )
+
+
+def _add_sizes(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--replicate",
+        default=1,
+        type=int,
+        metavar="R",
+        help="copies of every routed expert, each for its own kind of token: R times the capacity at the same cost "
+        "per token (default 1)",
+    )
+    group.add_argument(
+        "--dense-layers", default=0, type=int, metavar="K", help="first layers that stay as they are (default 0)"
+    )
+    group.add_argument(
+        "--reinit-share",
+        default=0.0,
+        type=float,
+        metavar="P",
+        help="share of the neurons of all copies but the first that are drawn anew (default 0)",
+    )
+
+
+def _add_texts(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--calibration", type=Path, help="text or .jsonl file of calibration data")
+    group.add_argument(
+        "--calibration-field", default="text", help="JSONL field, or several separated by commas (default text)"
+    )
+    group.add_argument(
+        "--calibration-part",
+        choices=PARTS,
+        help="use only this part of the JSONL records, as training cuts them by the hash of the question, which is the "
+        "first --calibration-field; A is what training never sees",
+    )
+    group.add_argument("--calibration-tokens", default=16384, type=int, help="tokens used of it (default 16384)")
+    group.add_argument("--evaluation", type=Path, help="text or .jsonl file to report the perplexity on")
+    group.add_argument("--evaluation-tokens", default=16384, type=int, help="tokens used of it (default 16384)")
+    group.add_argument(
+        "--controls", action="store_true", help="report the perplexity of random and contiguous groups beside it"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -107,6 +107,8 @@ def _open(options: ConversionOptions) -> Existing:
             f"--student {options.student}: model type {config.model_type} is not supported; "
             f"use one of {', '.join(ROUTERS_OF)}"
         )
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"--student {options.student}: its weights are quantised; use a checkpoint of plain weights")
     teacher = check_teacher(options)
     if options.router == "centroid" and config.hidden_size != teacher.config.hidden_size:
         raise UserError(

@@ -1,5 +1,6 @@
 """Existing MoE students: new routers, everything else untouched."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,14 @@ def test_another_tokenizer_is_refused(tmp_path: Path, teacher: Path, calibration
     path = student / "tokenizer.json"
     path.write_text(path.read_text().replace('"a":', '"swap":').replace('"b":', '"a":').replace('"swap":', '"b":'))
     with pytest.raises(UserError, match=r"student: its tokenizer reads .* differently from that of .*teacher"):
+        convert_existing(options(teacher, student, tmp_path / "out", calibration_file))
+
+
+def test_quantised_student_is_refused(tmp_path: Path, teacher: Path, calibration_file: Path) -> None:
+    student = make_student(tmp_path / "student", "mixtral")
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UserError, match="its weights are quantised"):
         convert_existing(options(teacher, student, tmp_path / "out", calibration_file))
 
 
