@@ -13,23 +13,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from padd_ds.errors import UserError, run_cli
 
+EXPERTS = 32
+
 
 @dataclass(frozen=True)
 class Row:
-    """A conversion: slices, shared ones, routed ones per token, and the options beside them."""
+    """A conversion: shared slices, routed ones per token, and the options beside them."""
 
     name: str
     shared: int
     top_k: int
     options: str
 
-    @property
-    def active(self) -> float:
-        """Share of the FFN that a token passes through."""
-        return (self.shared + self.top_k) / EXPERTS
 
-
-EXPERTS = 32
 ROWS = [
     Row("activations", 8, 16, "--refit"),
     Row("weights", 8, 16, "--cluster weights --refit"),
@@ -43,6 +39,14 @@ ROWS = [
     Row("activations, refit, no regrouping", 8, 16, "--refit --regroup-rounds 0"),
     Row("activations, no refit, centroid router", 8, 16, "--router centroid"),
     Row("weights, centroid router (the paper's)", 8, 16, "--cluster weights --router centroid"),
+    Row("activations, --restarts 4", 8, 16, "--refit --restarts 4"),
+    Row("activations, --overcluster 4", 8, 16, "--refit --overcluster 4"),
+    Row("mixed", 8, 16, "--cluster mixed --refit"),
+    Row("weights, gate and up", 8, 16, "--cluster weights --weight-features gate+up --refit"),
+    Row("weights, gate, up and down", 8, 16, "--cluster weights --weight-features gate+up+down --refit"),
+    Row("activations, --dense-layers 3", 8, 15, "--refit --dense-layers 3"),
+    Row("activations, --replicate 2", 8, 16, "--refit --replicate 2"),
+    Row("random", 2, 6, "--cluster random --refit"),
 ]
 
 
@@ -66,25 +70,18 @@ def measured(row: Row, arguments: argparse.Namespace) -> str:
     counts = ["--experts", EXPERTS, "--shared-experts", row.shared, "--top-k", row.top_k, *row.options.split()]
     with tempfile.TemporaryDirectory() as scratch:
         student = Path(scratch) / "student"
-        command = [
-            sys.executable,
-            "-m",
-            "padd_ds.convert",
-            "--teacher",
-            arguments.teacher,
-            "--output",
-            student,
-            *counts,
-        ]
+        command = [sys.executable, "-m", "padd_ds.convert", "--teacher", arguments.teacher, "--output", student]
+        command += counts
         for name in ("calibration", "evaluation"):
             command += [f"--{name}", getattr(arguments, name)]
             command += [f"--{name}-tokens", getattr(arguments, f"{name}_tokens")]
         result = subprocess.run([str(word) for word in command], stdout=subprocess.DEVNULL, check=False)
         if result.returncode != 0:
             raise UserError(f"padd-convert {row.options} ended with exit code {result.returncode}")
-        perplexity = json.loads((student / "padd_conversion.json").read_text(encoding="utf-8"))["perplexity"]
+        contents = json.loads((student / "padd_conversion.json").read_text(encoding="utf-8"))
+    perplexity, active = contents["perplexity"], contents["slices"]["ffn_active_share"]
     ratio = perplexity["student"] / perplexity["teacher"]
-    return f"| {row.active:.0%} | {row.name} | {perplexity['student']:.2f} | {ratio:.3f} |"
+    return f"| {active:.1%} | {row.name} | {perplexity['student']:.2f} | {ratio:.3f} |"
 
 
 if __name__ == "__main__":

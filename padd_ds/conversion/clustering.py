@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 MAX_ITERATIONS = 50
+TOLERANCE = 1e-5  # a step that lowers the cost by a smaller share of it is the last one
 PRICE_STEPS = 12
 PRICE_DAMPING = 0.8  # of the step that would balance a cluster if all others stood still; at 1 the prices can oscillate
 PRICED_EXCESS = 0.005  # share of the points that may be in excess of the cluster sizes when the prices are good enough
@@ -67,7 +68,8 @@ def refine(
     """Lower the within-cluster cost of a balanced partition step by step; sizes stay and the cost never rises.
 
     Each step assigns the points to the means, counting how the means would follow them. Where that does not lower the
-    cost, it assigns them to the means as they stand; where that does not either, the search ends.
+    cost, it assigns them to the means as they stand; where that does not either, the search ends, as it does after a
+    step that gains less than TOLERANCE.
     """
     points_PC = points_PC.float()
     square_P = squared_lengths(points_PC)
@@ -87,6 +89,8 @@ def refine(
             break
         assignment_P, centroids_EC = moved_P, moved_EC
         costs.append(cost)
+        if costs[-2] - cost < TOLERANCE * cost:
+            break
     return Clustering(assignment_P=assignment_P, centroids_EC=centroids_EC, costs=costs)
 
 

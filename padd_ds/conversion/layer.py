@@ -246,7 +246,7 @@ def judge(features_PC: torch.Tensor, clustering: Clustering, generator: torch.Ge
     assignment_P, centroids_EC = clustering.assignment_P, clustering.centroids_EC
     return LayerQuality(
         objective=within_cluster_cost(features_PC, centroids_EC, assignment_P),
-        iterations=len(clustering.costs),
+        iterations=max(len(clustering.costs) - 1, 0),
         silhouette=silhouette(features_PC, assignment_P, generator),
         between_cluster_share=between_cluster_share(features_PC, centroids_EC, assignment_P),
         size_variation=size_variation(assignment_P, len(centroids_EC)),
