@@ -5,7 +5,7 @@ Shapes: S tokens, D model width, F neurons of the teacher's FFN, E routed expert
 
 import torch
 
-REFIT_RIDGE = 0.2  # of a neuron's own square sum, and as much of their mean
+REFIT_RIDGE = 0.3  # of the mean square sum of a neuron
 
 
 def neuron_weights(weight_SE: torch.Tensor, members_NG: torch.Tensor, width: int) -> torch.Tensor:
@@ -24,24 +24,24 @@ def refit_down(
     token_weight_S: torch.Tensor,
     ridge: float = REFIT_RIDGE,
 ) -> torch.Tensor:
-    """[D, F]: min_W sum_t w_t ||W active_t - target_t||^2 + sum_k penalty_k ||W_k - down_k||^2.
+    """[D, F]: min_W sum_t w_t ||W active_t - target_t||^2 + penalty ||W - down||^2.
 
-    active_SF: hidden activations times `neuron_weights`. penalty_k is `ridge` times the weighted square sum of neuron k
-    plus its mean over neurons: it pulls to the teacher's own columns, which a neuron that is never active keeps.
+    active_SF: hidden activations times `neuron_weights`. The penalty is `ridge` times the weighted square sum of a
+    neuron, mean over neurons: it pulls to the teacher's own columns, which a neuron that is never active keeps. One
+    penalty for all leaves the strongest neurons free, those of attention sinks among them.
     Solved over the smaller of S and F, in fp64; its sums over tokens are fp32, which the ridge forgives.
     """
     root_S1 = token_weight_S.sqrt()[:, None]
     residual_SD = (target_SD - active_SF @ down_DF.T) * root_S1
     active_SF = active_SF * root_S1
     n_tokens, width = active_SF.shape
-    square_F = active_SF.square().sum(dim=0)
-    penalty_F = ridge * (square_F + square_F.mean())
+    penalty = ridge * active_SF.square().sum() / width
     if width <= n_tokens:
         moment_FF = active_SF.T @ active_SF
-        moment_FF.diagonal().add_(penalty_F)
+        moment_FF.diagonal().add_(penalty)
         change_FD = _solve(moment_FF, active_SF.T @ residual_SD)
     else:
-        scaled_SF = active_SF / penalty_F
+        scaled_SF = active_SF / penalty
         kernel_SS = scaled_SF @ active_SF.T
         kernel_SS.diagonal().add_(1.0)
         change_FD = scaled_SF.T @ _solve(kernel_SS, residual_SD)

@@ -22,8 +22,7 @@ def test_weights_of_neurons_by_hand() -> None:
 def test_refit_minimises_its_objective(n_tokens: int) -> None:
     active_SF, target_SD, down_DF = normal(1, n_tokens, 12), normal(2, n_tokens, 5), normal(3, 5, 12)
     weight_S = normal(4, n_tokens).exp()
-    square_F = (weight_S[:, None] * active_SF.square()).sum(dim=0)
-    penalty_F = 0.3 * (square_F + square_F.mean())
+    penalty_F = 0.3 * (weight_S[:, None] * active_SF.square()).sum(dim=0).mean().expand(12)
     # The same problem as plain least squares: one more row per neuron that asks for the teacher's column.
     root_S1 = weight_S.sqrt()[:, None]
     rows = torch.cat([root_S1 * active_SF, penalty_F.sqrt().diag()])
