@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import GenerationConfig
@@ -44,25 +45,40 @@ The licence is the teacher's.
 """
 
 
+def check_tokenizer(teacher: Path, student_config: Any, trust_remote_code: bool) -> None:
+    """UserError where `copy_tokenizer` would fail; tried in a folder of its own."""
+    with TemporaryDirectory() as folder:
+        student_config.save_pretrained(folder)
+        copy_tokenizer(teacher, Path(folder), trust_remote_code)
+
+
 def copy_tokenizer(teacher: Path, student: Path, trust_remote_code: bool) -> None:
-    """Copy the tokenizer with its chat template, and check that it loads and encodes as before."""
+    """Copy the tokenizer with its chat template beside the student's config; UserError unless it encodes as before.
+
+    transformers chooses a tokenizer's class by the model type too, which is another one in the student. Where the
+    copied files therefore load differently, the tokenizer is saved as it loads with the teacher.
+    """
     original = load_tokenizer(str(teacher), trust_remote_code=trust_remote_code)
     for name in TOKENIZER_FILES:
         if (teacher / name).is_file():
             shutil.copyfile(teacher / name, student / name)
     if (teacher / TEMPLATE_FOLDER).is_dir():
-        shutil.copytree(teacher / TEMPLATE_FOLDER, student / TEMPLATE_FOLDER)
+        shutil.copytree(teacher / TEMPLATE_FOLDER, student / TEMPLATE_FOLDER, dirs_exist_ok=True)
     _name_tokenizer_class(student, type(original).__name__)
-    copied = load_tokenizer(str(student), trust_remote_code=trust_remote_code)
-    same = copied(PROBE_TEXT)["input_ids"] == original(PROBE_TEXT)["input_ids"] and len(copied) == len(original)
-    if not same or copied.chat_template != original.chat_template:
-        raise UserError(
-            f"{teacher}: its tokenizer does not load the same from its files; save it anew with transformers"
-        )
+    if _same(original, load_tokenizer(str(student), trust_remote_code=trust_remote_code)):
+        return
+    original.save_pretrained(student)
+    if not _same(original, load_tokenizer(str(student), trust_remote_code=trust_remote_code)):
+        raise UserError(f"{teacher}: its tokenizer does not load the same beside a student; give it a tokenizer.json")
+
+
+def _same(one: Any, other: Any) -> bool:
+    encoded = one(PROBE_TEXT)["input_ids"] == other(PROBE_TEXT)["input_ids"]
+    return encoded and len(one) == len(other) and one.chat_template == other.chat_template
 
 
 def _name_tokenizer_class(folder: Path, class_name: str) -> None:
-    # Without a name transformers chooses by model type, which is another one in the student.
+    # Without a name transformers chooses by model type alone.
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "tokenizer_class" not in settings:

@@ -10,6 +10,7 @@ import transformers
 
 import padd_ds
 from padd_ds.conversion.calibration import read_texts, token_windows
+from padd_ds.conversion.companions import check_tokenizer
 from padd_ds.conversion.costs import model_costs
 from padd_ds.conversion.exactness import probe_tokens
 from padd_ds.conversion.families import (
@@ -125,6 +126,7 @@ def make_plan(options: ConversionOptions) -> Plan:
         windows=windows,
         variants=_variants(options),
     )
+    check_tokenizer(teacher.folder, plan.student_config, options.trust_remote_code)
     check_disk(options.output, _bytes_needed(plan))
     return plan
 
