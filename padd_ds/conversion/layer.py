@@ -12,7 +12,6 @@ from padd_ds.conversion.clustering import (
     Clustering,
     balanced_kmeans,
     cluster_means,
-    within_cluster_cost,
 )
 from padd_ds.conversion.copies import route_copies
 from padd_ds.conversion.features import (
@@ -26,7 +25,7 @@ from padd_ds.conversion.features import (
 from padd_ds.conversion.merging import over_clustered_kmeans
 from padd_ds.conversion.options import ConversionOptions, Slicing
 from padd_ds.conversion.prior import cluster_activation_means
-from padd_ds.conversion.quality import between_cluster_share, silhouette, size_variation, variation
+from padd_ds.conversion.quality import silhouette, size_variation, sums_of_squares, variation
 from padd_ds.conversion.refit import neuron_weights, reconstruction_error, refit_down, token_weights
 from padd_ds.conversion.regroup import regroup
 from padd_ds.conversion.router import Router, RouterData, expert_contributions, make_router
@@ -244,11 +243,12 @@ def _copied(members_NG: torch.Tensor, slicing: Slicing) -> torch.Tensor:
 def judge(features_PC: torch.Tensor, clustering: Clustering, generator: torch.Generator) -> LayerQuality:
     """The quality of a grouping of the routed neurons, as far as their features tell it."""
     assignment_P, centroids_EC = clustering.assignment_P, clustering.centroids_EC
+    within, between = sums_of_squares(features_PC, centroids_EC, assignment_P)
     return LayerQuality(
-        objective=within_cluster_cost(features_PC, centroids_EC, assignment_P),
+        objective=within,
         iterations=max(len(clustering.costs) - 1, 0),
         silhouette=silhouette(features_PC, assignment_P, generator),
-        between_cluster_share=between_cluster_share(features_PC, centroids_EC, assignment_P),
+        between_cluster_share=between / (within + between) if within + between > 0 else 0.0,
         size_variation=size_variation(assignment_P, len(centroids_EC)),
     )
 

@@ -5,6 +5,8 @@ Shapes: P points (routed neurons), C features, E clusters, S tokens, K experts p
 
 import torch
 
+from padd_ds.conversion.clustering import squared_lengths
+
 SILHOUETTE_SAMPLE = 1024
 
 
@@ -30,13 +32,19 @@ def silhouette(
     return float(score_P.masked_fill(own_size_P == 1, 0.0).mean())
 
 
-def between_cluster_share(points_PC: torch.Tensor, centroids_EC: torch.Tensor, assignment_P: torch.Tensor) -> float:
-    """Between-cluster variance as a share of the total variance of the points, in 0..1."""
-    points_PC, centroids_EC = points_PC.float(), centroids_EC.float()
-    mean_C = points_PC.mean(0)
-    total = (points_PC - mean_C).square().sum()
-    between = (centroids_EC[assignment_P] - mean_C).square().sum()
-    return float(between / total) if total > 0 else 0.0
+def sums_of_squares(
+    points_PC: torch.Tensor, centroids_EC: torch.Tensor, assignment_P: torch.Tensor
+) -> tuple[float, float]:
+    """(within clusters, between them): points around the mean of their cluster, and those means around that of all.
+
+    centroids_EC: the means of the clusters. Up to rounding, about 1e-7 of the points' sum of squares.
+    """
+    size_E = torch.bincount(assignment_P, minlength=len(centroids_EC)).double()
+    means_EC = centroids_EC.double()
+    square = float(squared_lengths(points_PC.float()).sum(dtype=torch.float64))
+    within = max(square - float(size_E @ means_EC.square().sum(1)), 0.0)
+    mean_C = size_E @ means_EC / size_E.sum()
+    return within, float(size_E @ (means_EC - mean_C).square().sum(1))
 
 
 def size_variation(assignment_P: torch.Tensor, n_clusters: int) -> float:

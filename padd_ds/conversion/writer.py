@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from padd_ds.conversion.teacher import LENGTH_BYTES
 from padd_ds.conversion.work import save_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -35,7 +36,9 @@ def write_index(folder: Path, total: int) -> None:
         path = shard_path(folder, number, total)
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-            total_bytes += sum(file.get_tensor(name).nbytes for name in names)
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        total_bytes += path.stat().st_size - LENGTH_BYTES - header_bytes
         weight_map.update(dict.fromkeys(names, path.name))
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

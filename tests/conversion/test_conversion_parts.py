@@ -13,7 +13,7 @@ from padd_ds.conversion.features import (
 from padd_ds.conversion.layer import split_shared
 from padd_ds.conversion.options import Slicing
 from padd_ds.conversion.prior import cluster_activation_means
-from padd_ds.conversion.quality import between_cluster_share, silhouette, size_variation
+from padd_ds.conversion.quality import silhouette, size_variation, sums_of_squares
 from padd_ds.conversion.router import (
     LOGIT_SPREAD,
     CalibratedRouter,
@@ -55,7 +55,7 @@ def test_quality_of_two_far_pairs_by_hand() -> None:
     assert silhouette(points_PC, good_P, seeded()) == pytest.approx((9 / 11 + 7 / 9) / 2)
     assert silhouette(points_PC, bad_P, seeded()) < 0
     # Variance: total 4 * 26 = 104, between 4 * 25 = 100.
-    assert between_cluster_share(points_PC, torch.tensor([[1.0], [11.0]]), good_P) == pytest.approx(100 / 104)
+    assert sums_of_squares(points_PC, torch.tensor([[1.0], [11.0]]), good_P) == pytest.approx((4, 100))
     assert size_variation(good_P, 2) == 0
     assert size_variation(torch.tensor([0, 0, 0, 1]), 2) == pytest.approx(0.5)
 
