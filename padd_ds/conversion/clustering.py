@@ -11,6 +11,7 @@ import torch
 
 MAX_ITERATIONS = 50
 TOLERANCE = 1e-5  # a step that lowers the cost by a smaller share of it is the last one
+ROWS = 2048  # points whose distances are computed at a time
 PRICE_STEPS = 12
 PRICE_DAMPING = 0.8  # of the step that would balance a cluster if all others stood still; at 1 the prices can oscillate
 PRICED_EXCESS = 0.005  # share of the points that may be in excess of the cluster sizes when the prices are good enough
@@ -125,8 +126,9 @@ def _assign(cost_PE: torch.Tensor, start_P: torch.Tensor, price_E: np.ndarray) -
     """
     if not cost_PE.isfinite().all():
         raise ValueError("the costs of an assignment are not finite: the points have infinite or undefined features")
-    cost_EP = cost_PE.T.contiguous().cpu().numpy()
-    labels_P, price_E = _settle(np.ascontiguousarray(cost_EP.T), *_nearly_balanced(cost_EP, price_E))
+    rows_PE = cost_PE.contiguous().cpu().numpy()
+    cost_EP = np.ascontiguousarray(rows_PE.T)
+    labels_P, price_E = _settle(rows_PE, *_nearly_balanced(cost_EP, price_E))
     better = _total(cost_EP, labels_P) < _total(cost_EP, start_P.cpu().numpy())
     return torch.from_numpy(labels_P).to(start_P.device) if better else start_P, price_E
 
@@ -262,8 +264,9 @@ def distances(
     """[P, E] squared Euclidean distances, up to rounding. `square_P`: `squared_lengths` of the points, if at hand."""
     if square_P is None:
         square_P = squared_lengths(points_PC)
-    cross_EP = centroids_EC @ points_PC.T
-    return cross_EP.mul_(-2).add_(square_P).add_(squared_lengths(centroids_EC)[:, None]).T
+    # In pieces, which the processor's cache likes better than the whole.
+    cross_PE = torch.cat([part_RC @ centroids_EC.T for part_RC in points_PC.split(ROWS)])
+    return cross_PE.mul_(-2).add_(square_P[:, None]).add_(squared_lengths(centroids_EC))
 
 
 def cluster_means(points_PC: torch.Tensor, assignment_P: torch.Tensor, n_clusters: int) -> torch.Tensor:
