@@ -3,12 +3,12 @@
 Shapes: B windows, T tokens of a window, S = B * T tokens, D model width.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from padd_ds.conversion.block import Block, load_block
 from padd_ds.conversion.copies import reinitialise_copies
@@ -65,8 +65,11 @@ def convert_one(plan: Plan, layer: int, states: States, result: Path) -> Finishe
         for variant in plan.variants
     }
     student = converted[STUDENT]
-    path = _write_layer(plan, layer, _student_tensors(plan, layer, stored, student), result)
-    error = _prove(plan, layer, states, teacher, stored, student, path)
+    tensors = _student_tensors(plan, layer, stored, student)
+    with ThreadPoolExecutor(1) as pool:  # the disk works while the layer is proved
+        written = pool.submit(_write_layer, plan, layer, tensors, result)
+        error = _prove(plan, layer, states, teacher, stored, student, tensors)
+        written.result()
     facts = {"exactness_error": error, "quality": {name: asdict(one.quality) for name, one in converted.items()}}
     return FinishedLayer(targets=student.targets, facts=facts)
 
@@ -78,8 +81,8 @@ def _keep_dense(plan: Plan, layer: int, states: States, teacher: Block, stored: 
     for text in {CALIBRATION, EVALUATION} & plan.windows.keys():
         for variant in plan.variants:
             states[f"{text}/{variant}"] = block.forward(states[f"{text}/{variant}"])
-    path = _write_layer(plan, layer, tensors, result)
-    written = _student_block(plan, layer, _read_shard(path, layer), plan.dtype)
+    _write_layer(plan, layer, tensors, result)
+    written = _student_block(plan, layer, tensors, plan.dtype)
     error = advance_probes(states, teacher, written, plan.dtype, layer)
     return FinishedLayer(targets=None, facts={"exactness_error": error, "quality": None})
 
@@ -151,21 +154,16 @@ def _cut(plan: Plan, stored: Tensors, converted: ConvertedLayer) -> Tensors:
     return {**copied, **dict(moe_tensors(ffn, members_NG, router.weight_ED.cpu(), router.bias_E.cpu()))}
 
 
-def _read_shard(path: Path, layer: int) -> Tensors:
-    prefix = f"model.layers.{layer}."
-    return {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
-
-
-def _write_layer(plan: Plan, layer: int, tensors: Tensors, result: Path) -> Path:
+def _write_layer(plan: Plan, layer: int, tensors: Tensors, result: Path) -> None:
     named = {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
-    return write_shard(result, layer + 2, plan.n_shards, named)
+    write_shard(result, layer + 2, plan.n_shards, named)
 
 
 def _prove(
-    plan: Plan, layer: int, states: States, teacher: Block, stored: Tensors, student: ConvertedLayer, path: Path
+    plan: Plan, layer: int, states: States, teacher: Block, stored: Tensors, student: ConvertedLayer, tensors: Tensors
 ) -> float:
-    """The error of the written layer; what a refit or a draw has changed on purpose is taken back first."""
-    tensors = _read_shard(path, layer)
+    """The error of the written tensors; what a refit or a draw has changed on purpose is taken back first."""
+    tensors = dict(tensors)
     if student.refitted_down_DF is not None or plan.options.reinit_share:
         plain = _cut(plan, stored, replace(student, refitted_down_DF=None))
         changed = ("down_proj.weight",) if not plan.options.reinit_share else ("_proj.weight",)
