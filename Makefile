@@ -52,11 +52,19 @@ eval-gsm8k: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 on GSM8K's test set
 eval-math500: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 on MATH500
 	$(call evaluate,math500)
 
-bench-convert: $(READY)  ## CALIBRATION=file EVALUATION=file: clustering, untrained students, memory and time of padd-convert
+# Its own requirements ask for other versions of what is there already, and it works without them.
+bench/peers: $(READY)
+	rm -rf $@.part
+	$(BIN)/pip install $(PIP_ARGS) --target $@.part --no-deps k-means-constrained==0.9.1 ortools==9.15.6755 immutabledict==4.3.1
+	mv $@.part $@
+
+bench-convert: $(READY) bench/peers  ## CALIBRATION=file EVALUATION=file: clustering, untrained students, memory and time of padd-convert
 	@test -f "$(CALIBRATION)" -a -f "$(EVALUATION)" || { echo "error: CALIBRATION and EVALUATION must be text files," \
 	    "such as the validation and test part of WikiText-2" >&2; exit 2; }
 	test -d bench/teacher || $(BIN)/python tools/smollm2.py --output bench/teacher
-	$(BIN)/python tools/bench_clustering.py
+	OMP_NUM_THREADS=1 PYTHONPATH=bench/peers $(BIN)/python tools/bench_clustering.py
+	OMP_NUM_THREADS=1 PYTHONPATH=bench/peers $(BIN)/python tools/bench_clustering.py --points 18944 --width 3584 --clusters 64 \
+	    --constrained-iterations 3
 	$(BIN)/python tools/bench_quality.py --teacher bench/teacher --calibration "$(CALIBRATION)" --evaluation "$(EVALUATION)"
 	$(BIN)/python tools/bench_scale.py --folder bench
 	$(BIN)/python tools/bench_scale.py --folder bench --calibration "$(CALIBRATION)"
