@@ -172,22 +172,35 @@ class DistillationConfig:
 class PolicyConfig:
     """Stage III: path-refined policy optimisation."""
 
-    objective: Literal["pr_grpo", "grpo"] = "pr_grpo"
-    """PR-GRPO, or plain GRPO."""
+    objective: Literal["pr_grpo", "grpo", "dr_grpo", "gspo", "rspo"] = "pr_grpo"
+    """PADD's PR-GRPO; GRPO; Dr. GRPO (arXiv 2503.20783); GSPO, a ratio per response (2507.18071); RSPO (2510.23027)."""
     updates_per_rollout: Annotated[int, Field(ge=1)] = 4
     """Optimiser steps per rollout, each on its own share of the responses. With 1, PR-GRPO equals GRPO."""
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """epsilon below 1."""
-    clip_high: Positive = 0.2
-    """epsilon above 1."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """epsilon below 1; default: 0.2, with gspo 3e-4."""
+    clip_high: Positive | None = None
+    """epsilon above 1; default: 0.2, with gspo 4e-4."""
     shift_penalty: NonNegative = 0.1
-    """lambda: how strongly a router shift discounts the ratio of a bad response."""
+    """lambda: how strongly PR-GRPO discounts the ratio of a bad response by the router shift."""
     shift_measure: Literal["absolute", "relative", "selected"] = "absolute"
-    """Choice: ||g - g_old||, the same divided by ||g_old||, or |log g - log g_old| over the chosen experts."""
-    normalisation: Literal["response", "token"] = "response"
-    """`response`: the mean over a response's tokens, then over responses (the paper); `token`: over all tokens."""
+    """Choice: ||g - g_old||, the same divided by ||g_old||, or |log g - log g_old| over the chosen experts (rspo's)."""
+    shift_floor: Fraction = 0.8
+    """RSPO does not discount a ratio below this share of it."""
+    normalisation: Literal["response", "token", "constant"] | None = None
+    """`response`: the mean over a response's tokens, then over responses (the paper; default); `token`: over all
+    tokens; `constant`: a response's sum divided by rollout.max_new_tokens (dr_grpo takes this one only)."""
+    advantage_scale: Literal["std", "none"] | None = None
+    """Whether advantages are divided by the standard deviation of their group; default: yes, with dr_grpo no."""
+    drop_flat_groups: bool = False
+    """Leave groups of equal rewards, which have no advantage, out of the means and of the distillation too."""
     weight: NonNegative = 1.0
     """Weight of the policy loss beside the distillation loss."""
+
+    @model_validator(mode="after")
+    def _dr_grpo_is_what_it_is(self) -> "PolicyConfig":
+        if self.objective == "dr_grpo" and self.normalisation not in (None, "constant"):
+            raise ValueError(f"normalisation is {self.normalisation}, but dr_grpo takes constant only; or choose grpo")
+        return self
 
 
 @section

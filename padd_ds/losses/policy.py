@@ -1,8 +1,12 @@
-"""Policy objectives with one signature (PADD, Stage III: PR-GRPO).
+"""Policy objectives with one signature: GRPO, Dr. GRPO, GSPO, RSPO and PADD's PR-GRPO (Stage III).
+
+Dr. GRPO (arXiv 2503.20783) is GRPO's clipped loss with `normalisation="constant"` and advantages that are not divided
+by the spread of their group.
 
 Shapes: B responses, T tokens in a sequence.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +16,9 @@ from torch import Tensor
 from padd_ds.errors import UserError
 from padd_ds.losses.tokens import compute_dtype
 
-NORMALISATIONS = ("response", "token")
+NORMALISATIONS = ("response", "token", "constant")
+CLIPS = {"gspo": (3e-4, 4e-4)}
+"""(clip_low, clip_high) of objectives that do not go by the defaults of PolicyOptions, from their papers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +31,19 @@ class PolicyOptions:
     """A ratio above 1 + clip_high is clipped; >= 0."""
     shift_penalty: float = 0.1
     """lambda, the weight of the router shift in PR-GRPO; >= 0."""
+    shift_floor: float = 0.8
+    """RSPO does not discount a ratio below this share of it; 0 to 1 (arXiv 2510.23027)."""
     normalisation: str = "response"
     """`response`: all responses count the same, by the mean over their tokens (the paper); `token`: all
-    tokens do."""
+    tokens do; `constant`: the sum over a response's tokens is divided by `constant_tokens` (Dr. GRPO)."""
+    constant_tokens: int = 1
+    """Divides a response's sum with `constant`; the longest response allowed, > 0."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.clip_low <= 1 and self.clip_high >= 0 and self.shift_penalty >= 0):
             raise UserError(f"{self}: clip_low must be in [0, 1], clip_high and shift_penalty at least 0")
+        if not (0 <= self.shift_floor <= 1 and self.constant_tokens > 0):
+            raise UserError(f"{self}: shift_floor must be in [0, 1], constant_tokens above 0")
         if self.normalisation not in NORMALISATIONS:
             known = ", ".join(NORMALISATIONS)
             raise UserError(f"normalisation: {self.normalisation!r} is not one of {known}")
@@ -46,7 +58,8 @@ class PolicyTerms:
     ratio_deviation_sum: Tensor
     """|pi / pi_old - 1| over tokens, before any penalty."""
     penalty_sum: Tensor
-    """lambda * Gamma over all tokens, whatever their advantage, to stand beside ratio_deviation_sum."""
+    """How strongly the router shift may discount, -log, over all tokens whatever their advantage (lambda * Gamma in
+    PR-GRPO), to stand beside ratio_deviation_sum."""
     clipped_tokens: Tensor
     """Tokens whose clipped branch was the smaller one, so that they gave no gradient."""
     kl_old_sum: Tensor
@@ -62,7 +75,7 @@ def loss_count(mask_BT: Tensor, options: PolicyOptions) -> Tensor:
 
     Choice: a row without tokens is no response, so rows that only fill up a batch change nothing.
     """
-    return mask_BT.bool().any(-1).sum() if options.normalisation == "response" else mask_BT.bool().sum()
+    return mask_BT.bool().sum() if options.normalisation == "token" else mask_BT.bool().any(-1).sum()
 
 
 def grpo_sum(
@@ -77,7 +90,48 @@ def grpo_sum(
     mask_BT = mask_BT.bool()
     log_ratio_BT = _masked_log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
     penalty_BT = torch.zeros_like(log_ratio_BT)
-    return _clipped_terms(log_ratio_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
+    return _clipped_terms(log_ratio_BT, log_ratio_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
+
+
+def gspo_sum(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantage_B: Tensor,
+    mask_BT: Tensor,
+    shift_BT: Tensor,
+    options: PolicyOptions,
+) -> PolicyTerms:
+    """As grpo_sum with one ratio per response, the geometric mean of its tokens' (arXiv 2507.18071, eq. 5 and 7).
+
+    Its clip range is narrower by orders of magnitude: CLIPS. A clipped response counts with all its tokens.
+    """
+    mask_BT = mask_BT.bool()
+    log_ratio_BT = _masked_log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
+    mean_B1 = log_ratio_BT.sum(-1, keepdim=True) / mask_BT.sum(-1, keepdim=True).clamp(min=1)
+    shared_BT = mean_B1.expand_as(log_ratio_BT).masked_fill(~mask_BT, 0.0)
+    penalty_BT = torch.zeros_like(log_ratio_BT)
+    return _clipped_terms(log_ratio_BT, shared_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
+
+
+def rspo_sum(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantage_B: Tensor,
+    mask_BT: Tensor,
+    shift_BT: Tensor,
+    options: PolicyOptions,
+) -> PolicyTerms:
+    """As grpo_sum with rho * max(exp(-shift), shift_floor) in both branches, whatever the advantage (arXiv 2510.23027).
+
+    shift_BT, without gradient: mean of |log g - log g_old| over layers and the experts that the old policy chose.
+    Choice: the discount is put on GRPO's ratios per token; the paper also puts it on those of GMPO.
+    """
+    mask_BT = mask_BT.bool()
+    log_ratio_BT = _masked_log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
+    shift_BT = _masked_shift(shift_BT, mask_BT, log_ratio_BT.dtype)
+    largest = -math.log(options.shift_floor) if options.shift_floor else math.inf
+    penalty_BT = shift_BT.clamp(max=largest)
+    return _clipped_terms(log_ratio_BT, log_ratio_BT - penalty_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
 
 
 def pr_grpo_sum(
@@ -94,12 +148,22 @@ def pr_grpo_sum(
     """
     mask_BT = mask_BT.bool()
     log_ratio_BT = _masked_log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
-    shift_BT = shift_BT.detach().to(log_ratio_BT.dtype).masked_fill(~mask_BT, 0.0)
-    penalty_BT = options.shift_penalty * shift_BT
-    return _clipped_terms(log_ratio_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
+    penalty_BT = options.shift_penalty * _masked_shift(shift_BT, mask_BT, log_ratio_BT.dtype)
+    discounted_BT = log_ratio_BT - penalty_BT * (advantage_B.detach()[:, None] < 0)
+    return _clipped_terms(log_ratio_BT, discounted_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
 
 
-POLICY_LOSSES: dict[str, PolicyLoss] = {"grpo": grpo_sum, "pr_grpo": pr_grpo_sum}
+POLICY_LOSSES: dict[str, PolicyLoss] = {
+    "grpo": grpo_sum,
+    "dr_grpo": grpo_sum,
+    "gspo": gspo_sum,
+    "rspo": rspo_sum,
+    "pr_grpo": pr_grpo_sum,
+}
+
+
+def _masked_shift(shift_BT: Tensor, mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    return shift_BT.detach().to(dtype).masked_fill(~mask_BT, 0.0)
 
 
 def _masked_log_ratio(logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -110,23 +174,28 @@ def _masked_log_ratio(logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Ten
 
 
 def _clipped_terms(
-    log_ratio_BT: Tensor, penalty_BT: Tensor, advantage_B: Tensor, mask_BT: Tensor, options: PolicyOptions
+    log_ratio_BT: Tensor,
+    used_log_BT: Tensor,
+    penalty_BT: Tensor,
+    advantage_B: Tensor,
+    mask_BT: Tensor,
+    options: PolicyOptions,
 ) -> PolicyTerms:
-    """Takes log ratios and penalties that are 0 in padding, so that every diagnostic is 0 there."""
-    ratio_BT = log_ratio_BT.exp()
+    """The clipped loss of the ratios exp(used_log), and diagnostics of log_ratio and penalty; all 0 in padding."""
+    ratio_BT = used_log_BT.exp()
     advantage_B1 = advantage_B.to(ratio_BT.dtype)[:, None]
-    discounted_BT = ratio_BT * torch.exp(-penalty_BT * (advantage_B1 < 0))
-    free_BT = discounted_BT * advantage_B1
-    clipped_BT = discounted_BT.clamp(1 - options.clip_low, 1 + options.clip_high) * advantage_B1
+    free_BT = ratio_BT * advantage_B1
+    clipped_BT = ratio_BT.clamp(1 - options.clip_low, 1 + options.clip_high) * advantage_B1
     weight_BT = _token_weights(mask_BT, options, ratio_BT.dtype)
     loss_sum = -(torch.minimum(free_BT, clipped_BT) * weight_BT).sum()
     with torch.no_grad():
+        token_ratio_BT = log_ratio_BT.exp()
         return PolicyTerms(
             loss_sum=loss_sum,
-            ratio_deviation_sum=(ratio_BT - 1).abs().sum(),
+            ratio_deviation_sum=(token_ratio_BT - 1).abs().sum(),
             penalty_sum=penalty_BT.sum(),
-            clipped_tokens=(clipped_BT < free_BT).sum(),
-            kl_old_sum=(ratio_BT - 1 - log_ratio_BT).sum(),
+            clipped_tokens=((clipped_BT < free_BT) & mask_BT).sum(),
+            kl_old_sum=(token_ratio_BT - 1 - log_ratio_BT).sum(),
             tokens=mask_BT.sum(),
         )
 
@@ -135,4 +204,6 @@ def _token_weights(mask_BT: Tensor, options: PolicyOptions, dtype: torch.dtype) 
     mask_BT = mask_BT.to(dtype)
     if options.normalisation == "token":
         return mask_BT
+    if options.normalisation == "constant":
+        return mask_BT / options.constant_tokens
     return mask_BT / mask_BT.sum(-1, keepdim=True).clamp(min=1)

@@ -45,6 +45,10 @@ class Collector:
     reward_options: RewardOptions
     options: RolloutConfig
     max_prompt_tokens: int
+    advantage_scale: str = "std"
+    """`std` or `none`, see `group_advantages`."""
+    drop_flat_groups: bool = False
+    """Whether responses of a group without spread keep no token to learn from."""
     seed: int
     rank: int
     world: int
@@ -67,10 +71,13 @@ class Collector:
         golds = [problem.answer for problem in problems for _ in range(self.options.group_size)]
         ended = responses.ended_B.tolist()
         rewards = score_responses(texts, golds, ended, self.checker, self.reward_options)
-        advantage_B = self._advantages(rewards)
+        group_size = self.options.group_size
+        totals_PG = torch.tensor([reward.total for reward in rewards]).view(-1, group_size)
+        advantage_B = group_advantages(totals_PG, scale=self.advantage_scale).flatten().to(self.device)
         # A group without a usable gold answer is dropped: its responses keep no token to learn from.
         usable_B = torch.tensor([reward.usable for reward in rewards], device=self.device)
-        group_size = self.options.group_size
+        if self.drop_flat_groups:
+            usable_B &= ~groups_without_spread(totals_PG).repeat_interleave(group_size).to(self.device)
         batch = RolloutBatch(
             prompt_ids_BT=ids_PT.repeat_interleave(group_size, dim=0),
             prompt_mask_BT=mask_PT.repeat_interleave(group_size, dim=0),
@@ -102,10 +109,6 @@ class Collector:
         real = [[token for token, kept in zip(ids, mask, strict=True) if kept] for ids, mask in rows]
         return self.tokenizer.batch_decode(real, skip_special_tokens=True)
 
-    def _advantages(self, rewards: list[Reward]) -> torch.Tensor:
-        totals_PG = torch.tensor([reward.total for reward in rewards]).view(-1, self.options.group_size)
-        return group_advantages(totals_PG).flatten().to(self.device)
-
 
 def _metrics(rewards: list[Reward], responses: Responses, group_size: int) -> dict[str, tuple[float, float]]:
     usable = [reward for reward in rewards if reward.usable]
@@ -120,7 +123,7 @@ def _metrics(rewards: list[Reward], responses: Responses, group_size: int) -> di
         "answer_check_failed": (sum(r.status in ("timeout", "error") for r in rewards), n),
         "response_tokens": (float(responses.mask_BR.sum()), n),
         "response_truncated": (float((~responses.ended_B).sum()), n),
-        "groups_without_spread": (float(groups_without_spread(totals_PG)), len(totals_PG)),
+        "groups_without_spread": (float(groups_without_spread(totals_PG).sum()), len(totals_PG)),
     }
 
 

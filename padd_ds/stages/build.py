@@ -20,7 +20,7 @@ from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
 from padd_ds.errors import UserError
 from padd_ds.hf import end_token_ids, load_causal_lm, load_tokenizer, read_config
-from padd_ds.losses.policy import PolicyOptions
+from padd_ds.losses.policy import CLIPS, PolicyOptions
 from padd_ds.moe.balance import BalanceOptions
 from padd_ds.rollout.collect import Collector
 from padd_ds.rollout.generation import HuggingFaceRollout
@@ -149,6 +149,20 @@ def options_from(section: Any, options: type[Options]) -> Options:
     return options(**{name: getattr(section, name) for name in shared})
 
 
+def policy_options(config: RunConfig) -> PolicyOptions:
+    """The constants of the run's objective, with what it does not say filled in."""
+    policy, defaults = config.policy, PolicyOptions()
+    clip_low, clip_high = CLIPS.get(policy.objective, (defaults.clip_low, defaults.clip_high))
+    return PolicyOptions(
+        clip_low=clip_low if policy.clip_low is None else policy.clip_low,
+        clip_high=clip_high if policy.clip_high is None else policy.clip_high,
+        shift_penalty=policy.shift_penalty,
+        shift_floor=policy.shift_floor,
+        normalisation=policy.normalisation or ("constant" if policy.objective == "dr_grpo" else "response"),
+        constant_tokens=config.rollout.max_new_tokens,
+    )
+
+
 def reward_rules(config: RunConfig) -> tuple[AnswerFormat, RewardOptions]:
     """How answers are found and weighed; UserError for an unknown format or a broken pattern."""
     reward = config.reward
@@ -186,6 +200,8 @@ def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointS
         reward_options=reward_options,
         options=config.rollout,
         max_prompt_tokens=config.data.max_prompt_tokens,
+        advantage_scale=config.policy.advantage_scale or ("none" if config.policy.objective == "dr_grpo" else "std"),
+        drop_flat_groups=config.policy.drop_flat_groups,
         seed=config.seed,
         rank=ranks.rank,
         world=ranks.world,
@@ -196,6 +212,6 @@ def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointS
         teacher=teacher,
         collector=collector,
         config=config,
-        policy_options=options_from(config.policy, PolicyOptions),
+        policy_options=policy_options(config),
         balance_options=options_from(config.balance, BalanceOptions),
     )

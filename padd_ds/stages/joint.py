@@ -205,7 +205,8 @@ class JointStage:
         """Gamma [B, R]: at the positions that predict each token, averaged over layers (Choice)."""
         batch, old = micro_batch.batch, micro_batch.old
         n_responses, n_response = batch.response_ids_BR.shape
-        measure = self.config.policy.shift_measure
+        policy = self.config.policy
+        measure = "selected" if policy.objective == "rspo" else policy.shift_measure
 
         def layer_shift(layer: int) -> torch.Tensor:
             score_function = self.student.routers[layer].score_function

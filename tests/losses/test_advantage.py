@@ -51,7 +51,12 @@ def test_integer_and_half_precision_rewards_give_float32():
         torch.testing.assert_close(got_PG, torch.tensor([[1.0, -1.0, -1.0, 1.0]]))
 
 
-def test_groups_without_spread_counts_all_equal_groups():
+def test_without_a_scale_the_mean_alone_is_taken_off():
+    rewards_PG = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1]])
+    expected_PG = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.0, 0.0, 0.0, 0.0]])
+    assert torch.equal(group_advantages(rewards_PG, scale="none"), expected_PG)
+
+
+def test_groups_without_spread_are_the_all_equal_ones():
     rewards_PG = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.1, 0.1], [0.0, 1.0]])
-    assert groups_without_spread(rewards_PG).item() == 2
-    assert groups_without_spread(rewards_PG).dtype == torch.int64
+    assert groups_without_spread(rewards_PG).tolist() == [True, False, True, False]

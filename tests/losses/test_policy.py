@@ -5,10 +5,19 @@ import pytest
 import torch
 
 from padd_ds.errors import UserError
-from padd_ds.losses.policy import POLICY_LOSSES, PolicyOptions, grpo_sum, loss_count, pr_grpo_sum
+from padd_ds.losses.policy import (
+    POLICY_LOSSES,
+    PolicyOptions,
+    grpo_sum,
+    gspo_sum,
+    loss_count,
+    pr_grpo_sum,
+    rspo_sum,
+)
 
 B, T = 6, 5
-OPTIONS = PolicyOptions(clip_low=0.2, clip_high=0.3, shift_penalty=0.7)
+OPTIONS = PolicyOptions(clip_low=0.2, clip_high=0.3, shift_penalty=0.7, shift_floor=0.6, constant_tokens=7)
+NORMALISATIONS = ["response", "token", "constant"]
 
 
 @pytest.fixture
@@ -25,28 +34,34 @@ def batch():
     return new_BT, old_BT, advantage_B, mask_BT, shift_BT
 
 
-def slow_terms(new_BT, old_BT, advantage_B, mask_BT, shift_BT, options, penalised):
+def slow_terms(new_BT, old_BT, advantage_B, mask_BT, shift_BT, options, name):
     sums = dict.fromkeys(
         ("loss_sum", "ratio_deviation_sum", "penalty_sum", "clipped_tokens", "kl_old_sum", "tokens"), 0
     )
     for b in range(new_BT.shape[0]):
         a = advantage_B[b].item()
+        tokens = [t for t in range(new_BT.shape[1]) if mask_BT[b, t]]
+        ratios = {t: math.exp(new_BT[b, t].item()) / math.exp(old_BT[b, t].item()) for t in tokens}
         losses = []
-        for t in range(new_BT.shape[1]):
-            if not mask_BT[b, t]:
-                continue
-            ratio = math.exp(new_BT[b, t].item()) / math.exp(old_BT[b, t].item())
-            penalty = options.shift_penalty * shift_BT[b, t].item() if penalised else 0.0
-            discounted = ratio * math.exp(-penalty) if a < 0 else ratio
-            clipped = min(max(discounted, 1 - options.clip_low), 1 + options.clip_high)
-            losses.append(-min(discounted * a, clipped * a))
+        for t, ratio in ratios.items():
+            used, penalty = ratio, 0.0
+            if name == "gspo":
+                used = math.prod(ratios.values()) ** (1 / len(ratios))
+            if name == "rspo":
+                discount = max(math.exp(-shift_BT[b, t].item()), options.shift_floor)
+                used, penalty = ratio * discount, -math.log(discount)
+            if name == "pr_grpo":
+                penalty = options.shift_penalty * shift_BT[b, t].item()
+                used = ratio * math.exp(-penalty) if a < 0 else ratio
+            clipped = min(max(used, 1 - options.clip_low), 1 + options.clip_high)
+            losses.append(-min(used * a, clipped * a))
             sums["ratio_deviation_sum"] += abs(ratio - 1)
             sums["penalty_sum"] += penalty
-            sums["clipped_tokens"] += clipped * a < discounted * a
+            sums["clipped_tokens"] += clipped * a < used * a
             sums["kl_old_sum"] += ratio - 1 - math.log(ratio)
             sums["tokens"] += 1
-        weight = 1 if options.normalisation == "token" else 1 / max(len(losses), 1)
-        sums["loss_sum"] += weight * sum(losses)
+        divisor = {"token": 1, "response": max(len(losses), 1), "constant": options.constant_tokens}
+        sums["loss_sum"] += sum(losses) / divisor[options.normalisation]
     return sums
 
 
@@ -91,12 +106,12 @@ def test_pr_grpo_of_one_token_by_hand():
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
-@pytest.mark.parametrize("normalisation", ["response", "token"])
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_all_terms_match_plain_loops(batch, name, normalisation):
     options = dataclasses.replace(OPTIONS, normalisation=normalisation)
     terms = POLICY_LOSSES[name](*batch, options)
-    slow = slow_terms(*batch, options, penalised=name == "pr_grpo")
-    assert slow["clipped_tokens"] > 2
+    slow = slow_terms(*batch, options, name)
+    assert slow["clipped_tokens"] > (0 if name == "gspo" else 2)
     for key, value in slow.items():
         assert getattr(terms, key).item() == pytest.approx(value, rel=1e-12), key
 
@@ -141,7 +156,8 @@ def test_at_the_old_policy_the_gradient_is_that_of_reinforce(batch, name):
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_a_step_down_the_gradient_makes_good_responses_likelier(batch, name):
-    _, gradient_BT = loss_and_gradient(POLICY_LOSSES[name], batch)
+    wide = dataclasses.replace(OPTIONS, clip_low=0.9, clip_high=9.0)
+    _, gradient_BT = loss_and_gradient(POLICY_LOSSES[name], batch, wide)
     step_B = -gradient_BT.sum(-1)
     assert step_B[0] > 0 > step_B[1]
     assert step_B[2] == 0
@@ -165,6 +181,46 @@ def test_old_policy_advantage_shift_and_diagnostics_carry_no_gradient(batch):
     assert not any(getattr(terms, name).requires_grad for name in names)
 
 
+def test_gspo_of_responses_of_one_token_is_grpo(batch):
+    one = [tensor[:, 1:2] if tensor.dim() == 2 else tensor for tensor in batch]
+    for got, expected in zip(loss_and_gradient(gspo_sum, one), loss_and_gradient(grpo_sum, one), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+def test_gspo_weighs_all_tokens_of_a_response_by_their_mean_ratio(batch):
+    _, gradient_BT = loss_and_gradient(gspo_sum, batch)
+    for row_T, mask_T in zip(gradient_BT, batch[3].bool(), strict=True):
+        assert len(set(row_T[mask_T].tolist())) <= 1
+    assert (gradient_BT[0] != 0).all()
+
+
+def test_rspo_with_equal_routers_is_grpo_bitwise(batch):
+    still = (*batch[:4], torch.zeros(B, T, dtype=torch.float64))
+    for got, expected in zip(loss_and_gradient(rspo_sum, still), loss_and_gradient(grpo_sum, still), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_rspo_discounts_good_and_bad_responses_down_to_its_floor():
+    for advantage in (1.0, -1.0):
+        assert rspo_sum(*one_token(1.0, advantage, shift=0.1), PolicyOptions()).loss_sum.item() == pytest.approx(
+            -advantage * math.exp(-0.1), rel=1e-6
+        )
+        assert rspo_sum(*one_token(1.1, advantage, shift=9.0), PolicyOptions()).loss_sum.item() == pytest.approx(
+            -advantage * 0.88, rel=1e-6
+        )
+    free = PolicyOptions(shift_floor=0.0, clip_low=1.0)
+    assert rspo_sum(*one_token(1.0, 1.0, shift=9.0), free).loss_sum.item() == pytest.approx(-math.exp(-9), rel=1e-5)
+
+
+def test_dr_grpo_does_not_favour_short_right_answers():
+    mask_BT = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    still_BT, advantage_B = torch.zeros(2, 4), torch.tensor([1.0, 1.0])
+    inputs = (still_BT, still_BT, advantage_B, mask_BT, still_BT)
+    options = PolicyOptions(normalisation="constant", constant_tokens=4)
+    _, gradient_BT = loss_and_gradient(POLICY_LOSSES["dr_grpo"], inputs, options)
+    assert torch.equal(gradient_BT, -mask_BT / 4)
+
+
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 @pytest.mark.parametrize("garbage", [1e30, -1e30, math.nan, math.inf])
 def test_padding_is_never_read(batch, name, garbage):
@@ -186,7 +242,7 @@ def test_padding_is_never_read(batch, name, garbage):
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
-@pytest.mark.parametrize("normalisation", ["response", "token"])
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_terms_of_a_batch_are_the_sums_over_its_parts(batch, name, normalisation):
     options = dataclasses.replace(OPTIONS, normalisation=normalisation)
     whole = POLICY_LOSSES[name](*batch, options)
@@ -222,6 +278,7 @@ def test_loss_count_by_hand(batch):
     mask_BT = batch[3]
     assert loss_count(mask_BT, PolicyOptions()).item() == 5
     assert loss_count(mask_BT, PolicyOptions(normalisation="token")).item() == 17
+    assert loss_count(mask_BT, PolicyOptions(normalisation="constant")).item() == 5
 
 
 def test_bfloat16_is_computed_in_float32(batch):
@@ -231,12 +288,22 @@ def test_bfloat16_is_computed_in_float32(batch):
     assert torch.equal(pr_grpo_sum(*half, OPTIONS).loss_sum, pr_grpo_sum(*full, OPTIONS).loss_sum)
 
 
-@pytest.mark.parametrize("wrong", [{"clip_low": -0.1}, {"clip_low": 1.1}, {"clip_high": -0.1}, {"shift_penalty": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clip_low": -0.1},
+        {"clip_low": 1.1},
+        {"clip_high": -0.1},
+        {"shift_penalty": -1.0},
+        {"shift_floor": 1.1},
+        {"constant_tokens": 0},
+    ],
+)
 def test_constants_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match="must be"):
         PolicyOptions(**wrong)
 
 
 def test_an_unknown_normalisation_is_refused():
-    with pytest.raises(UserError, match="'sequence' is not one of response, token"):
+    with pytest.raises(UserError, match="'sequence' is not one of response, token, constant"):
         PolicyOptions(normalisation="sequence")

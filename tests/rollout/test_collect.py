@@ -52,8 +52,11 @@ def right_if_equal(text: str, gold: str) -> Verdict:
     return Verdict(correct=text == gold, status="ok", extracted=text)
 
 
-def collector(engine: Any, checker: Any, prompts: int = 1, **options: Any) -> Collector:
+def collector(
+    engine: Any, checker: Any, prompts: int = 1, advantages: dict[str, Any] | None = None, **options: Any
+) -> Collector:
     return Collector(
+        **(advantages or {}),
         engine=engine,
         tokenizer=TOKENIZER,
         problems=problems()[4:6],
@@ -84,6 +87,24 @@ def test_equal_rewards_give_no_advantage() -> None:
     rollout = collector(ScriptedEngine(["99"] * 4), ScriptedChecker(right_if_equal)).collect(0)
     assert rollout.batch.advantage_B.tolist() == [0.0] * 4
     assert rollout.metrics["groups_without_spread"] == (1.0, 1)
+
+
+def test_groups_without_spread_can_be_left_out_whole() -> None:
+    engine, judge = ScriptedEngine(["99"] * 4), ScriptedChecker(right_if_equal)
+    kept = collector(engine, judge).collect(0)
+    dropped = collector(engine, judge, advantages={"drop_flat_groups": True}).collect(0)
+    assert kept.batch.response_mask_BR.any() and not dropped.batch.response_mask_BR.any()
+    gold = kept.samples[0]["gold"]
+    engine = ScriptedEngine([gold, "99", "98", gold])
+    kept = collector(engine, judge, advantages={"drop_flat_groups": True}).collect(0)
+    assert kept.batch.response_mask_BR.any(dim=1).all()
+
+
+def test_advantages_can_stay_in_the_unit_of_the_reward() -> None:
+    gold = collector(ScriptedEngine(["1"] * 4), ScriptedChecker(right_if_equal)).collect(0).samples[0]["gold"]
+    engine = ScriptedEngine([gold, "99", "98", gold])
+    rollout = collector(engine, ScriptedChecker(right_if_equal), advantages={"advantage_scale": "none"}).collect(0)
+    torch.testing.assert_close(rollout.batch.advantage_B, torch.tensor([0.5, -0.5, -0.5, 0.5]))
 
 
 def test_a_cut_response_is_counted_and_loses_the_format_reward() -> None:
