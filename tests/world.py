@@ -12,12 +12,11 @@ from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import PromptTemplate
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
-from padd_ds.moe.balance import BalanceOptions
 from padd_ds.rollout.collect import Collector
 from padd_ds.rollout.generation import HuggingFaceRollout
 from padd_ds.rollout.rewards import RewardOptions
 from padd_ds.rollout.verify import AnswerChecker
-from padd_ds.stages.build import accumulation_steps, optimiser_steps, options_from, policy_options
+from padd_ds.stages.build import accumulation_steps, balance_options, optimiser_steps, options_from, policy_options
 from padd_ds.stages.joint import JointStage
 from tests.tiny import tiny_student
 from tools.tiny_model import make_tiny_model, make_tokenizer
@@ -112,5 +111,5 @@ def make_joint_stage(ranks: Ranks, config: RunConfig, expert_parallel: int, chec
         collector=collector,
         config=config,
         policy_options=policy_options(config),
-        balance_options=options_from(config.balance, BalanceOptions),
+        balance_options=balance_options(config),
     )

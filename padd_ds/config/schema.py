@@ -205,10 +205,13 @@ class PolicyConfig:
 
 @section
 class BalanceConfig:
-    """Stage IV: reward-augmented load balancing."""
+    """Stage IV: reward-augmented load balancing, or another kind in its place."""
 
-    enabled: bool = True
-    """Off: the selection bias stays as it is."""
+    kind: Literal["reward_augmented", "loss_free", "aux_loss", "none"] = "reward_augmented"
+    """PADD's; a bias step of fixed size without reward (arXiv 2408.15664); an auxiliary loss on the router's
+    probabilities (arXiv 2101.03961); or nothing, the selection bias then stays as it is."""
+    aux_weight: NonNegative = 0.01
+    """Weight of the auxiliary loss, which is 1 for an even load."""
     load_rate: NonNegative = 0.01
     """eta: step of the load term, in units of the layer's spread of router scores."""
     reward_rate: NonNegative = 0.05
@@ -235,6 +238,9 @@ class RoutingConfig:
     """Standard deviation of normal noise on the selection while training, in spreads of the router's scores."""
     train_router: bool = True
     """Whether joint training changes the router."""
+    replay: Literal["off", "old_policy"] = "off"
+    """`old_policy`: an update routes every token as before the first update of its rollout; scores and weights follow
+    the new policy."""
 
 
 @section
@@ -293,6 +299,17 @@ class RunConfig:
         if weight > 0 and self.model.teacher is None:
             raise ValueError(f"{key} is {weight}, so model.teacher is needed; give it, or set {key}=0")
         return self
+
+    @model_validator(mode="after")
+    def _aux_loss_reaches_a_router(self) -> "RunConfig":
+        if self.stage == "joint" and self.balance.kind == "aux_loss" and not self.routing.train_router:
+            raise ValueError("balance.kind is aux_loss, which acts on the router: set routing.train_router=true")
+        return self
+
+    @property
+    def balances_by_bias(self) -> bool:
+        """Whether joint training moves the bias of the routers."""
+        return self.stage == "joint" and self.balance.kind in ("reward_augmented", "loss_free")
 
     @property
     def data_part(self) -> str:

@@ -71,14 +71,24 @@ class Student:
             self._set_routing(*before)
 
     @contextmanager
-    def recording(self, *, inputs: bool = False) -> Iterator[RoutingRecord]:
-        """Yield a record that the forward passes inside the block fill."""
-        before = self.control.record
-        self.control.record = RoutingRecord(inputs_SD={} if inputs else None)
+    def recording(self, *, inputs: bool = False, graph: bool = False) -> Iterator[RoutingRecord]:
+        """Yield a record that the forward passes inside the block fill; with `graph` its scores carry gradients."""
+        before = (self.control.record, self.control.keep_graph)
+        self.control.record, self.control.keep_graph = RoutingRecord(inputs_SD={} if inputs else None), graph
         try:
             yield self.control.record
         finally:
-            self.control.record = before
+            self.control.record, self.control.keep_graph = before
+
+    @contextmanager
+    def replaying(self, selected_SK: list[torch.Tensor] | None) -> Iterator[None]:
+        """Route by these experts, one [S, K] per layer, inside the block, `backward` included; None changes nothing."""
+        before = self.control.replay
+        self.control.replay = None if selected_SK is None else dict(enumerate(selected_SK))
+        try:
+            yield
+        finally:
+            self.control.replay = before
 
     def _set_routing(self, mode: RoutingMode, noise: float) -> None:
         self.control.mode = mode

@@ -12,6 +12,7 @@ from torch import Tensor
 from padd_ds.errors import UserError
 from padd_ds.moe.load import load_share
 
+BALANCE_KINDS = ("reward_augmented", "loss_free")
 BALANCE_SIGNS = {"corrective": -1.0, "literal": 1.0}
 REWARD_BIASES = ("offset", "integrated")
 
@@ -20,6 +21,9 @@ REWARD_BIASES = ("offset", "integrated")
 class BalanceOptions:
     """Constants of Stage IV; rates and clamp are in units of the layer's spread of scores, if scaled."""
 
+    kind: str = "reward_augmented"
+    """`reward_augmented` is PADD's; `loss_free` moves the bias by load_rate up or down, and looks at no reward
+    (arXiv 2408.15664)."""
     load_rate: float = 0.01
     """eta, how much an update moves the bias per unit of load share; >= 0."""
     reward_rate: float = 0.05
@@ -44,6 +48,8 @@ class BalanceOptions:
             raise UserError(f"{self}: load_rate and reward_rate must be at least 0, ema_weight in (0, 1]")
         if self.clamp is not None and self.clamp <= 0:
             raise UserError(f"clamp: {self.clamp} must be greater than 0; null turns the limit off")
+        if self.kind not in BALANCE_KINDS:
+            raise UserError(f"kind: {self.kind!r} is not one of {', '.join(BALANCE_KINDS)}")
         if self.sign not in BALANCE_SIGNS:
             raise UserError(f"sign: {self.sign!r} is not one of {', '.join(BALANCE_SIGNS)}")
         if self.reward_bias not in REWARD_BIASES:
@@ -107,6 +113,8 @@ def update_balance(
     ema_LE, updates_LE = _updated_ema(state, advantage_sum_LE, advantage_count_LE, options.ema_weight)
     reward_LE = options.reward_rate * _reward_signal(ema_LE, updates_LE, options)
     load_LE = BALANCE_SIGNS[options.sign] * (load_share(counts_LE) - 1 / counts_LE.shape[-1])
+    if options.kind == "loss_free":
+        load_LE, reward_LE = load_LE.sign(), torch.zeros_like(reward_LE)
     unit_L = spread_L.to(ema_LE.dtype) if options.scale_by_spread else torch.ones_like(ema_LE[:, 0])
     unit_L1 = unit_L[:, None]
 

@@ -38,6 +38,22 @@ def dead_experts(counts_E: Tensor) -> Tensor:
     return (counts_E == 0).sum(-1).masked_fill(counts_E.sum(-1) == 0, 0)
 
 
+def load_balance_sum(distribution_SE: Tensor, selected_SK: Tensor, mask_S: Tensor) -> Tensor:
+    """E sum_j f_j sum_t g_tj over unmasked tokens, scalar (arXiv 2101.03961, eq. 4, times the tokens).
+
+    Divided by the tokens it is 1 for an even load. Only g, the router's distribution, carries a gradient.
+    """
+    mask_S, n_experts = mask_S.bool(), distribution_SE.shape[-1]
+    share_E = load_share(expert_counts(selected_SK, mask_S, n_experts).to(distribution_SE.dtype))
+    return n_experts * (distribution_SE.masked_fill(~mask_S[:, None], 0.0).sum(0) * share_E).sum()
+
+
+def choice_flips(selected_SK: Tensor, other_SK: Tensor, mask_S: Tensor) -> Tensor:
+    """How many routed slots of unmasked tokens hold an expert that `other_SK` does not, scalar int64."""
+    kept_SK = (selected_SK[:, :, None] == other_SK[:, None, :]).any(-1)
+    return (~kept_SK & mask_S.bool()[:, None]).sum()
+
+
 def router_entropy_sum(distribution_SE: Tensor, mask_S: Tensor) -> Tensor:
     """Sum over unmasked tokens of the entropy of the router's distribution, nats, scalar."""
     distribution_SE = distribution_SE.to(torch.promote_types(distribution_SE.dtype, torch.float32))

@@ -24,7 +24,8 @@ class RoutingRecord:
     """
 
     scores_SE: dict[int, torch.Tensor] = field(default_factory=dict)
-    """fp32 router scores without noise and selection bias, detached; a logit bias is part of them."""
+    """fp32 router scores without noise and selection bias; a logit bias is part of them. Detached, unless the control
+    keeps their graph."""
     selected_SK: dict[int, torch.Tensor] = field(default_factory=dict)
     """Chosen experts."""
     inputs_SD: dict[int, torch.Tensor] | None = None
@@ -43,6 +44,10 @@ class RoutingControl:
     """Draws and noise follow from it and the layer alone, so that activation checkpointing repeats them."""
     record: RoutingRecord | None = None
     """Where to report; None keeps nothing."""
+    keep_graph: bool = False
+    """Whether recorded scores carry gradients to the router."""
+    replay: dict[int, torch.Tensor] | None = None
+    """[S, K] experts by layer that `routed` takes instead of its own choice; weights are still the scores' own."""
 
 
 def score_spread(scores_SE: torch.Tensor) -> torch.Tensor:
@@ -122,6 +127,8 @@ class PaddRouter(nn.Module):
         control = self.control
         if control.mode == "dense":
             return torch.arange(self.num_experts, device=scores_SE.device).expand_as(scores_SE).contiguous()
+        if control.mode == "routed" and control.replay is not None:
+            return control.replay[self.layer]
         device = scores_SE.device
         generator = torch.Generator(device).manual_seed(derive_seed(control.seed, self.layer))
         if control.mode == "sample":
@@ -145,7 +152,7 @@ class PaddRouter(nn.Module):
         record = self.control.record
         if record is None:
             return
-        record.scores_SE[self.layer] = scores_SE.detach()
+        record.scores_SE[self.layer] = scores_SE if self.control.keep_graph else scores_SE.detach()
         record.selected_SK[self.layer] = selected_SK
         if record.inputs_SD is not None:
             record.inputs_SD[self.layer] = x_SD.detach()

@@ -41,7 +41,7 @@ def _checkpoint(stage: Stage, config: RunConfig, ranks: Ranks, step: int) -> Non
         "stage": config.stage,
         "world": ranks.world,
         "expert_parallel": stage.student.expert_parallel_size,
-        "bias_target": config.balance.target if config.stage == "joint" and config.balance.enabled else "selection",
+        "bias_target": config.balance.target if config.balances_by_bias else "selection",
     }
     folder = Path(config.run_dir)
     save_checkpoint(stage.student, folder, step, stage.state(), facts)

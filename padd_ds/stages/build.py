@@ -163,6 +163,11 @@ def policy_options(config: RunConfig) -> PolicyOptions:
     )
 
 
+def balance_options(config: RunConfig) -> BalanceOptions | None:
+    """The constants of Stage IV; None where the run does not move the routers' bias."""
+    return options_from(config.balance, BalanceOptions) if config.balances_by_bias else None
+
+
 def reward_rules(config: RunConfig) -> tuple[AnswerFormat, RewardOptions]:
     """How answers are found and weighed; UserError for an unknown format or a broken pattern."""
     reward = config.reward
@@ -213,5 +218,5 @@ def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointS
         collector=collector,
         config=config,
         policy_options=policy_options(config),
-        balance_options=options_from(config.balance, BalanceOptions),
+        balance_options=balance_options(config),
     )

@@ -19,6 +19,7 @@ from padd_ds.losses.distillation import distillation_sum, distillation_temperatu
 from padd_ds.losses.policy import POLICY_LOSSES, PolicyOptions, PolicyTerms, loss_count
 from padd_ds.losses.tokens import global_mean, token_logprobs
 from padd_ds.moe.balance import BalanceOptions, BalanceState, update_balance
+from padd_ds.moe.load import choice_flips, load_balance_sum
 from padd_ds.moe.router import RoutingRecord
 from padd_ds.moe.shift import mean_over_layers, router_distribution, router_shift
 from padd_ds.rollout.batch import RolloutBatch, response_positions
@@ -52,6 +53,17 @@ class MicroBatch:
     old: OldPolicy
 
 
+@dataclass(frozen=True)
+class Counts:
+    """Of an update, over all ranks and micro-batches."""
+
+    response_tokens: torch.Tensor
+    policy: torch.Tensor
+    """What the policy loss is a mean over."""
+    tokens: torch.Tensor
+    """Prompts included."""
+
+
 @dataclass(kw_only=True)
 class JointStage:
     """The parts that a joint step is made of; `balance` is its only state."""
@@ -62,7 +74,8 @@ class JointStage:
     collector: Collector
     config: RunConfig
     policy_options: PolicyOptions
-    balance_options: BalanceOptions
+    balance_options: BalanceOptions | None
+    """None where the bias of the routers stays as it is."""
     balance: BalanceState = field(init=False)
 
     def __post_init__(self) -> None:
@@ -139,7 +152,7 @@ class JointStage:
         The seed makes routing noise the same before and after an update, so that it is no part of the ratio.
         """
         self.student.control.seed = routing_seed
-        with self.student.recording() as record:
+        with self.student.recording(graph=self.config.balance.kind == "aux_loss") as record:
             logits_BRV = response_logits(
                 self.student.engine,
                 batch.input_ids_BL,
@@ -154,32 +167,37 @@ class JointStage:
     ) -> None:
         """One optimiser step on a share of the responses, then Stage IV."""
         student = self.student
-        counts = sum_over_ranks(
-            torch.stack(
-                [
-                    torch.stack([m.batch.response_mask_BR.sum() for m in micro_batches]).sum(),
-                    torch.stack(
-                        [loss_count(m.batch.response_mask_BR, self.policy_options) for m in micro_batches]
-                    ).sum(),
-                ]
-            )
-        )
+        counts = self._counts([micro_batch.batch for micro_batch in micro_batches])
         statistics = RoutingStatistics.start(student)
         finite = True
         for index, micro_batch in enumerate(micro_batches):
-            loss, record = self._loss(micro_batch, n_tokens=counts[0], n_policy=counts[1], sums=sums)
-            self._count_routing(micro_batch.batch, record, (statistics, step_statistics))
-            student.backward(loss)
+            replayed = micro_batch.old.selected_SK if self.config.routing.replay == "old_policy" else None
+            with student.replaying(replayed):
+                loss, record = self._loss(micro_batch, counts, sums)
+                self._count_routing(micro_batch.batch, record, (statistics, step_statistics))
+                student.backward(loss)
             finite = finite and bool(torch.isfinite(loss))
             if index == len(micro_batches) - 1 and any_rank(not finite, student.ranks):
                 raise TrainingDiverged(f"step {step}: the joint loss is not finite; lower optimizer.learning_rate")
             student.step()
-        if self.config.balance.enabled:
-            self._rebalance(statistics)
+        if self.balance_options is not None:
+            self._rebalance(statistics, self.balance_options)
 
-    def _loss(
-        self, micro_batch: MicroBatch, *, n_tokens: torch.Tensor, n_policy: torch.Tensor, sums: MetricSums
-    ) -> tuple[torch.Tensor, RoutingRecord]:
+    def _counts(self, batches: list[RolloutBatch]) -> Counts:
+        """What the sums of an update are divided by. Collective."""
+        per_batch = [
+            torch.stack(
+                [
+                    batch.response_mask_BR.sum(),
+                    loss_count(batch.response_mask_BR, self.policy_options),
+                    batch.attention_mask_BL.sum(),
+                ]
+            )
+            for batch in batches
+        ]
+        return Counts(*sum_over_ranks(torch.stack(per_batch).sum(dim=0)))
+
+    def _loss(self, micro_batch: MicroBatch, counts: Counts, sums: MetricSums) -> tuple[torch.Tensor, RoutingRecord]:
         batch, config, world = micro_batch.batch, self.config, self.student.ranks.world
         logprobs_BR, logits_BRV, record = self._forward(batch, micro_batch.routing_seed)
         shift_BR = self._shift(micro_batch, record)
@@ -191,15 +209,41 @@ class JointStage:
             shift_BR,
             self.policy_options,
         )
-        loss = config.policy.weight * global_mean(terms.loss_sum, n_policy, world)
+        loss = config.policy.weight * global_mean(terms.loss_sum, counts.policy, world)
         kd_sum = torch.zeros((), device=loss.device)
         if config.distillation.weight > 0:
             kd_sum = self._kd_sum(batch, logits_BRV, sums)
-            loss = loss + config.distillation.weight * global_mean(kd_sum, n_tokens, world)
+            loss = loss + config.distillation.weight * global_mean(kd_sum, counts.response_tokens, world)
+        if config.balance.kind == "aux_loss":
+            aux_sum = self._aux_sum(batch, record)
+            loss = loss + config.balance.aux_weight * global_mean(aux_sum, counts.tokens, world)
+            sums.add("loss_aux", aux_sum.detach(), batch.attention_mask_BL.sum())
         _add_policy_metrics(sums, terms, loss_count(batch.response_mask_BR, self.policy_options))
         sums.add("loss_kd", kd_sum, terms.tokens)
         sums.add("router_shift", (shift_BR * batch.response_mask_BR).sum(), terms.tokens)
+        self._add_flips(micro_batch, record, sums)
         return loss, record
+
+    def _aux_sum(self, batch: RolloutBatch, record: RoutingRecord) -> torch.Tensor:
+        """The auxiliary balancing loss, summed over real tokens, mean over layers; its gradient reaches the routers."""
+        mask_S = batch.attention_mask_BL.flatten()
+        per_layer = [
+            load_balance_sum(
+                router_distribution(record.scores_SE[layer], router.score_function), record.selected_SK[layer], mask_S
+            )
+            for layer, router in enumerate(self.student.routers)
+        ]
+        return torch.stack(per_layer).mean()
+
+    def _add_flips(self, micro_batch: MicroBatch, record: RoutingRecord, sums: MetricSums) -> None:
+        """How many of the chosen experts are not those of the old policy, over real tokens and layers."""
+        mask_S = micro_batch.batch.attention_mask_BL.flatten()
+        per_layer = [
+            choice_flips(record.selected_SK[layer], old_SK, mask_S)
+            for layer, old_SK in enumerate(micro_batch.old.selected_SK)
+        ]
+        slots = mask_S.sum() * sum(old_SK.shape[1] for old_SK in micro_batch.old.selected_SK)
+        sums.add("router_flips", torch.stack(per_layer).sum(), slots)
 
     def _shift(self, micro_batch: MicroBatch, record: RoutingRecord) -> torch.Tensor:
         """Gamma [B, R]: at the positions that predict each token, averaged over layers (Choice)."""
@@ -250,7 +294,7 @@ class JointStage:
         for one in statistics:
             one.add(record, batch.attention_mask_BL, advantage_BL, on_response_BL)
 
-    def _rebalance(self, statistics: RoutingStatistics) -> None:
+    def _rebalance(self, statistics: RoutingStatistics, options: BalanceOptions) -> None:
         """Stage IV: the same new bias on every rank."""
         totals = statistics.totals()
         self.balance = update_balance(
@@ -259,7 +303,7 @@ class JointStage:
             totals.value_sum_LE,
             totals.value_count_LE,
             totals.spread_L,
-            self.balance_options,
+            options,
         )
         self._install(self.balance.bias_LE)
 

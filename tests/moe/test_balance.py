@@ -290,3 +290,17 @@ def test_the_literal_sign_drives_the_violation_to_its_ceiling():
 def test_the_clamp_keeps_a_runaway_short_of_the_ceiling():
     _, last_E = simulate(BalanceOptions(load_rate=0.5, sign="literal", clamp=0.5))
     assert max_violation(last_E) < 2.5
+
+
+def test_loss_free_steps_by_the_sign_of_the_load_and_looks_at_no_reward():
+    options = BalanceOptions(kind="loss_free", load_rate=0.01, clamp=None)
+    counts_LE, sums_LE, seen_LE = torch.tensor([[5, 3, 2, 2]]), torch.tensor([[9.0, -9.0, 0.0, 0.0]]), torch.ones(1, 4)
+    state = BalanceState.start(torch.zeros(1, 4))
+    for times in (1, 2):
+        state = update_balance(state, counts_LE, sums_LE, seen_LE, torch.tensor([2.0]), options)
+        torch.testing.assert_close(state.bias_LE, times * 0.02 * torch.tensor([[-1.0, 0.0, 1.0, 1.0]]))
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(UserError, match="'aux_loss' is not one of reward_augmented, loss_free"):
+        BalanceOptions(kind="aux_loss")

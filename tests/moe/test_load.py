@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from padd_ds.moe.load import (
+    choice_flips,
     dead_experts,
     expert_counts,
     expert_value_sums,
+    load_balance_sum,
     load_share,
     max_violation,
     router_entropy_sum,
@@ -114,3 +116,33 @@ def test_bfloat16_is_summed_in_float32(selected_SK, mask_S):
     assert sums_E.dtype == torch.float32
     torch.testing.assert_close(sums_E, ones_S[0].float() * expert_counts(selected_SK, mask_S, E))
     assert router_entropy_sum(torch.full((S, E), 1 / E).bfloat16(), mask_S).dtype == torch.float32
+
+
+def test_balance_sum_matches_plain_loops(selected_SK, mask_S):
+    scores_SE = torch.rand(S, E, generator=torch.Generator().manual_seed(3), dtype=torch.float64).softmax(-1)
+    real = [s for s in range(S) if mask_S[s]]
+    share = [sum(j in selected_SK[s].tolist() for s in real) / (K * len(real)) for j in range(E)]
+    expected = E * sum(share[j] * scores_SE[s, j].item() for s in real for j in range(E))
+    assert load_balance_sum(scores_SE, selected_SK, mask_S).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_balance_sum_counts_the_tokens_where_the_load_is_even():
+    even_SK = torch.stack([torch.arange(6) % E, (torch.arange(6) + 1) % E], dim=1)
+    mask_S = torch.ones(6)
+    assert load_balance_sum(torch.full((6, E), 1 / E), even_SK, mask_S).item() == pytest.approx(6)
+    assert load_balance_sum(torch.eye(E)[torch.zeros(6, dtype=torch.long)], torch.zeros(6, K).long(), mask_S) == 6 * E
+
+
+def test_balance_gradient_pushes_the_busy_experts_down(selected_SK, mask_S):
+    logits_SE = torch.randn(S, E, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    busy_SK = torch.zeros_like(selected_SK)
+    load_balance_sum(logits_SE.softmax(-1), busy_SK, mask_S).backward()
+    assert (logits_SE.grad[mask_S][:, 0] > 0).all() and (logits_SE.grad[mask_S][:, 1:] < 0).all()
+    assert (logits_SE.grad[~mask_S] == 0).all()
+
+
+def test_flips_by_hand():
+    new_SK, old_SK = torch.tensor([[0, 2], [2, 3], [1, 0]]), torch.tensor([[2, 0], [3, 4], [4, 5]])
+    assert choice_flips(new_SK, old_SK, torch.tensor([1, 1, 1])).item() == 3
+    assert choice_flips(new_SK, old_SK, torch.tensor([1, 1, 0])).item() == 1
+    assert choice_flips(new_SK, new_SK.flip(1), torch.ones(3)).item() == 0

@@ -147,3 +147,26 @@ def test_an_empty_batch_of_tokens_works() -> None:
     weights_SK, experts_SK, counts_E = make_router(RoutingControl())(torch.zeros(0, D))
     assert weights_SK.shape == experts_SK.shape == (0, K)
     assert counts_E.tolist() == [0] * E
+
+
+def test_replay_takes_the_given_experts_and_weighs_them_by_the_scores(x_SD: torch.Tensor) -> None:
+    record, replayed_SK = RoutingRecord(), torch.tensor([[5, 0]]).expand(S, K)
+    router = make_router(RoutingControl(record=record, replay={0: replayed_SK}))
+    weights_SK, experts_SK, counts_E = router(x_SD)
+    assert torch.equal(experts_SK, replayed_SK)
+    assert counts_E.tolist() == [S, 0, 0, 0, 0, S]
+    scores_SK = record.scores_SE[0][:, [5, 0]]
+    torch.testing.assert_close(weights_SK, K * scores_SK / scores_SK.sum(1, keepdim=True))
+    router.control.mode = "sample"
+    assert not torch.equal(router(x_SD)[1], replayed_SK)
+
+
+def test_recorded_scores_carry_gradients_only_when_asked(x_SD: torch.Tensor) -> None:
+    record = RoutingRecord()
+    router = make_router(RoutingControl(record=record))
+    router(x_SD)
+    assert not record.scores_SE[0].requires_grad
+    router.control.keep_graph = True
+    router(x_SD)
+    (gradient_ED,) = torch.autograd.grad(record.scores_SE[0][:, 0].sum(), router.gate.weight)
+    assert (gradient_ED[0] != 0).any() and (gradient_ED[1:] == 0).all()

@@ -48,3 +48,46 @@ def test_activation_checkpointing_routes_again_as_it_did_the_first_time() -> Non
     assert plain.keys() == checkpointed.keys()
     for name, weights in plain.items():
         torch.testing.assert_close(checkpointed[name], weights, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def one_step_each(ranks: Ranks, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    results = []
+    for overrides in runs:
+        stage = make_joint_stage(
+            ranks, joint_config(**overrides), 2, FixedChecker(lambda text, gold: len(text) % 2 == 0)
+        )
+        gates = torch.stack([router.gate.weight for router in stage.student.routers]).detach().clone()
+        biases = torch.stack([router.e_score_correction_bias for router in stage.student.routers])
+        metrics = dict(stage.step(0).metrics)
+        moved = torch.stack([router.gate.weight for router in stage.student.routers]).detach() - gates
+        shifted = torch.stack([router.e_score_correction_bias for router in stage.student.routers]) - biases
+        results.append({"metrics": metrics, "gates": moved, "bias": float(shifted.abs().max())})
+    return results
+
+
+def test_every_objective_trains() -> None:
+    names = ("pr_grpo", "grpo", "dr_grpo", "gspo", "rspo")
+    runs = [{"policy": {"objective": name, "updates_per_rollout": 2}} for name in names]
+    found = dict(zip(names, run_ranks(one_step_each, 2, runs)[0], strict=True))
+    for name, result in found.items():
+        assert result["metrics"]["grad_norm"] > 0 and result["metrics"]["ratio_deviation"] > 0, name
+    assert found["gspo"]["metrics"]["clip_fraction"] > found["grpo"]["metrics"]["clip_fraction"]
+    assert found["rspo"]["metrics"]["shift_penalty"] > 0 == found["grpo"]["metrics"]["shift_penalty"]
+
+
+def test_replay_routes_as_the_old_policy_did() -> None:
+    free, replayed = run_ranks(one_step_each, 2, [{}, {"routing": RoutingConfig(replay="old_policy")}])[0]
+    assert free["metrics"]["router_flips"] > 0
+    assert replayed["metrics"]["router_flips"] == 0
+    assert replayed["metrics"]["router_shift"] > 0
+
+
+def test_auxiliary_loss_moves_the_router_alone_and_the_other_kinds_the_bias() -> None:
+    still = {"policy": {"weight": 0.0, "updates_per_rollout": 2}, "distillation": {"weight": 0.0}}
+    runs = [still | {"balance": {"kind": kind}} for kind in ("aux_loss", "none", "loss_free", "reward_augmented")]
+    runs[0] |= {"activation_checkpointing": True}
+    aux, none, loss_free, reward = run_ranks(one_step_each, 2, runs)[0]
+    assert aux["metrics"]["loss_aux"] > 0.9 and aux["bias"] == 0
+    assert none["bias"] == 0 and loss_free["bias"] > 0 and reward["bias"] > 0
+    assert aux["metrics"]["grad_norm"] > 0 == none["metrics"]["grad_norm"]
+    assert aux["gates"].abs().max() > 10 * none["gates"].abs().max()
