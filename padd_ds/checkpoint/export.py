@@ -82,14 +82,16 @@ def _open_weights(checkpoint: Checkpoint, stack: ExitStack) -> dict[str, Any]:
 
 
 def _check_complete(student: Path, names: set[str], checkpoint: Checkpoint) -> None:
-    """Every expert of every layer must be there: nothing in safetensors itself would tell."""
+    """Every FFN of every layer must be there, and every expert: nothing in safetensors itself would tell."""
     config = json.loads((student / "config.json").read_text(encoding="utf-8"))
-    expected = {
-        f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"
-        for layer in range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
-        for expert in range(config["n_routed_experts"])
-        for projection in ("gate", "up", "down")
-    } | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    n_experts, depth = config.get("n_routed_experts", 0), config["num_hidden_layers"]
+    n_dense = config.get("first_k_dense_replace", 0) if n_experts else depth
+    ffns = [f"model.layers.{layer}.mlp" for layer in range(n_dense)]
+    ffns += [f"model.layers.{layer}.mlp.experts.{e}" for layer in range(n_dense, depth) for e in range(n_experts)]
+    expected = {f"{ffn}.{projection}_proj.weight" for ffn in ffns for projection in ("gate", "up", "down")}
+    expected |= {"model.embed_tokens.weight", "model.norm.weight"}
+    if not config.get("tie_word_embeddings", False):
+        expected.add("lm_head.weight")
     missing = sorted(expected - names)
     if missing:
         raise UserError(f"{checkpoint.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")

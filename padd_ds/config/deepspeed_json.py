@@ -67,8 +67,11 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def check_parallelism(path: Path, tree: Mapping[str, Any], world_size: int, n_experts: int) -> int:
-    """The expert-parallel size; UserError where ranks, experts and sizes do not fit."""
+def check_parallelism(path: Path, tree: Mapping[str, Any], world_size: int, n_experts: int | None) -> int:
+    """The expert-parallel size; UserError where ranks, experts and sizes do not fit.
+
+    n_experts: None for a dense model, for which the section on expert parallelism means nothing.
+    """
     stage = tree.get("zero_optimization", {}).get("stage", 0)
     if stage not in SUPPORTED_ZERO_STAGES:
         allowed = ", ".join(map(str, SUPPORTED_ZERO_STAGES))
@@ -76,6 +79,8 @@ def check_parallelism(path: Path, tree: Mapping[str, Any], world_size: int, n_ex
     offload = [key for key in tree.get("zero_optimization", {}) if key.startswith("offload_")]
     if offload:
         raise UserError(f"{path}: zero_optimization.{offload[0]} is not supported yet; take it out")
+    if n_experts is None:
+        return 1
     expert_parallel = tree.get("expert_parallel", {})
     if not expert_parallel.get("enabled", False):
         raise UserError(f'{path}: expert_parallel is missing; add {{"enabled": true, "autoep_size": 1}} or more')
@@ -93,10 +98,10 @@ def check_batches(config: RunConfig, world_size: int) -> None:
     """UserError where a global batch cannot be dealt out evenly to the ranks."""
     if config.stage == "warmup" and config.warmup.batch_size % world_size:
         raise UserError(f"warmup.batch_size {config.warmup.batch_size} is not divisible by {world_size} ranks")
-    if config.stage == "joint" and config.rollout.prompts % world_size:
+    if config.has_rollouts and config.rollout.prompts % world_size:
         raise UserError(f"rollout.prompts {config.rollout.prompts} is not divisible by {world_size} ranks")
     responses = config.rollout.prompts * config.rollout.group_size // world_size
-    if config.stage == "joint" and responses % config.policy.updates_per_rollout:
+    if config.has_rollouts and responses % config.policy.updates_per_rollout:
         raise UserError(
             f"policy.updates_per_rollout {config.policy.updates_per_rollout} does not divide the {responses} responses "
             "of a rank (rollout.prompts * rollout.group_size / ranks)"

@@ -20,7 +20,8 @@ section = dataclass(frozen=True, kw_only=True, config=_STRICT)
 @section
 class ModelConfig:
     student: str
-    """The MoE student: a folder written by padd-convert or padd-export."""
+    """The model to train. The MoE student: a folder written by padd-convert or padd-export; with stage teacher_grpo the
+    dense model: a Hugging Face folder or hub id."""
     teacher: str | None = None
     """The dense teacher: a Hugging Face folder or hub id. Needed wherever a distillation weight is above 0."""
     targets: str | None = None
@@ -52,7 +53,7 @@ class DataConfig:
     gold_format: Literal["plain", "gsm8k", "boxed"] = "plain"
     """How the gold answer stands in its column: as it is, after `####`, or in the last \\boxed{}."""
     part: Literal["A", "B", "C", "D", "all"] | None = None
-    """Part of the hash split to train on; default: B for the warm-up, C for joint training."""
+    """Part of the hash split to train on; default: B for the warm-up, C for the stages with rollouts."""
     part_fractions: dict[str, Fraction] = Field(default_factory=lambda: {"A": 0.10, "B": 0.20, "C": 0.65, "D": 0.05})
     """Shares of the parts A (statistics), B (warm-up), C (joint), D (held-out); they add up to 1."""
     benchmarks: list[str] = Field(default_factory=list)
@@ -265,14 +266,14 @@ class LogConfig:
 class RunConfig:
     """One training run."""
 
-    stage: Literal["warmup", "joint"]
-    """Which stage to train."""
+    stage: Literal["teacher_grpo", "warmup", "joint"]
+    """What to train: the dense teacher, by the policy loss alone; the student's experts; or the student, jointly."""
     run_dir: str
     """Folder that the run leaves; it must not exist, unless --resume."""
     deepspeed: str
     """DeepSpeed JSON: ZeRO stage, expert parallelism, precision, gradient clipping."""
     steps: Count
-    """Warm-up: optimiser steps (PADD: 1000). Joint: rollouts (PADD: 600)."""
+    """Warm-up: optimiser steps (PADD: 1000). Otherwise rollouts (PADD: 600, for the teacher 200 to 300)."""
     micro_batch_size: Count = 4
     """Sequences that one rank runs at a time in training."""
     activation_checkpointing: bool = False
@@ -294,10 +295,9 @@ class RunConfig:
 
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> "RunConfig":
-        weight = self.warmup.kd_weight if self.stage == "warmup" else self.distillation.weight
         key = "warmup.kd_weight" if self.stage == "warmup" else "distillation.weight"
-        if weight > 0 and self.model.teacher is None:
-            raise ValueError(f"{key} is {weight}, so model.teacher is needed; give it, or set {key}=0")
+        if self.kd_weight > 0 and self.model.teacher is None:
+            raise ValueError(f"{key} is {self.kd_weight}, so model.teacher is needed; give it, or set {key}=0")
         return self
 
     @model_validator(mode="after")
@@ -307,6 +307,16 @@ class RunConfig:
         return self
 
     @property
+    def kd_weight(self) -> float:
+        """Of the distillation loss of this stage; the teacher itself has no teacher."""
+        return {"warmup": self.warmup.kd_weight, "joint": self.distillation.weight, "teacher_grpo": 0.0}[self.stage]
+
+    @property
+    def has_rollouts(self) -> bool:
+        """Whether a step begins with responses of the model that is trained."""
+        return self.stage != "warmup"
+
+    @property
     def balances_by_bias(self) -> bool:
         """Whether joint training moves the bias of the routers."""
         return self.stage == "joint" and self.balance.kind in ("reward_augmented", "loss_free")
@@ -314,4 +324,4 @@ class RunConfig:
     @property
     def data_part(self) -> str:
         """The part of the hash split that this stage trains on."""
-        return self.data.part or {"warmup": "B", "joint": "C"}[self.stage]
+        return self.data.part or ("C" if self.has_rollouts else "B")

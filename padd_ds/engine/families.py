@@ -21,6 +21,13 @@ GLM4_MOE_KEYS = {
 """DeepSpeed has no preset for glm4_moe, the class that padd-convert writes."""
 
 EXPERT_PARALLEL_KEYS = {"glm4_moe": GLM4_MOE_KEYS}
+EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
+"""How the configs of Hugging Face's MoE classes name their number of experts."""
+
+
+def is_dense(model_config: Any) -> bool:
+    """Whether a model has no experts."""
+    return not any(getattr(model_config, name, None) for name in EXPERT_COUNTS)
 
 
 def expert_parallel_keys(model_config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A Hugging Face MoE student inside DeepSpeed's expert-parallel engine, with PADD routers.
+"""A Hugging Face MoE student inside DeepSpeed's expert-parallel engine, with PADD routers; or a dense model, without.
 
 Legend: B sequences, T tokens, S = B * T, D model width, E routed experts.
 """
@@ -14,7 +14,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from transformers import get_scheduler
 
 from padd_ds.config.schema import OptimizerConfig, RunConfig
-from padd_ds.engine.families import expert_parallel_keys
+from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.ranks import Ranks
 from padd_ds.moe.router import PaddRouter, RoutingControl, RoutingMode, RoutingRecord
 
@@ -26,7 +26,7 @@ class Student:
     engine: Any
     """deepspeed.DeepSpeedEngine; call it as the Hugging Face model."""
     layers: list[AutoEPMoELayer]
-    """MoE layers in the order of the model."""
+    """MoE layers in the order of the model; none in a dense one."""
     control: RoutingControl
     """Shared by all routers."""
     ranks: Ranks
@@ -37,11 +37,11 @@ class Student:
 
     @property
     def n_experts(self) -> int:
-        return self.layers[0].num_experts
+        return self.layers[0].num_experts if self.layers else 0
 
     @property
     def expert_parallel_size(self) -> int:
-        return self.layers[0].ep_size
+        return self.layers[0].ep_size if self.layers else 1
 
     @property
     def model(self) -> Any:
@@ -163,12 +163,15 @@ def _complete_tree(
 ) -> dict[str, Any]:
     options = config.optimizer
     adamw = {"lr": options.learning_rate, "betas": list(options.betas), "weight_decay": options.weight_decay}
-    return tree | {
+    complete = tree | {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         # torch's own AdamW needs no compiler on the machine; fused and CPU variants are built at run time.
         "optimizer": {"type": "AdamW", "params": adamw | {"torch_adam": True}},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
-        "expert_parallel": expert_parallel_keys(model_config) | tree["expert_parallel"],
     }
+    complete.pop("expert_parallel", None)
+    if not is_dense(model_config):
+        complete["expert_parallel"] = expert_parallel_keys(model_config) | tree["expert_parallel"]
+    return complete

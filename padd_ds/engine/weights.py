@@ -27,8 +27,9 @@ def local_tensors(student: Student) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(module, AutoEPMoELayer) and writes_experts:
             yield from _expert_tensors(prefix, module)
     if student.ranks.is_main:
+        tied = set(student.model.all_tied_weights_keys)  # the same tensor stands under another name too
         for name, tensor in student.model.state_dict().items():
-            if checkpoint_name(name) is not None:
+            if checkpoint_name(name) is not None and name not in tied:
                 yield checkpoint_name(name), tensor.detach()  # type: ignore[misc]
 
 
@@ -48,7 +49,7 @@ def _expert_tensors(prefix: str, layer: AutoEPMoELayer) -> Iterator[tuple[str, t
 
 
 def _is_first_replica(student: Student) -> bool:
-    if student.ranks.world == 1:
+    if student.ranks.world == 1 or not student.layers:
         return True
     group = groups._get_expert_data_parallel_group(student.layers[0].ep_group_name)
     return bool(dist.get_rank(group=group) == 0)

@@ -72,7 +72,9 @@ def _run_section(run: RunData, index: int) -> str:
 
 
 def _run_title(run: RunData) -> str:
-    stage = {"warmup": "Warm-up", "joint": "Joint training"}.get(run.stage, run.stage)
+    stage = {"teacher_grpo": "GRPO of the teacher", "warmup": "Warm-up", "joint": "Joint training"}.get(
+        run.stage, run.stage
+    )
     return f"{stage} ({run.folder.name})"
 
 

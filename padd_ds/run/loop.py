@@ -71,7 +71,7 @@ class Logger:
             for sample in report.samples:
                 append_line(self._folder / "samples.jsonl", {"step": step, **sample})
             print(self._progress(step, report), file=sys.stderr, flush=True)
-        if last or step % log.routing_every_steps == 0:
+        if report.routing and (last or step % log.routing_every_steps == 0):
             append_line(self._folder / "routing" / "routing.jsonl", {"step": step, **report.routing})
 
     def _progress(self, step: int, report: StepReport) -> str:

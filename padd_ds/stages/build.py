@@ -15,7 +15,7 @@ from padd_ds.config.deepspeed_json import check_batches, check_parallelism, load
 from padd_ds.config.schema import RunConfig
 from padd_ds.conversion.targets import ConversionTargets, load_targets
 from padd_ds.data.answers import AnswerFormat
-from padd_ds.engine.families import expert_parallel_keys
+from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
 from padd_ds.errors import UserError
@@ -51,11 +51,17 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     tree = load_deepspeed_json(json_path)
     trust = config.model.trust_remote_code
     student = read_config(config.model.student, trust_remote_code=trust)
-    expert_parallel_keys(student)
-    check_parallelism(json_path, tree, world_size, student.n_routed_experts)
+    if config.stage == "teacher_grpo":
+        if not is_dense(student):
+            raise UserError(f"{config.model.student}: has experts, but stage teacher_grpo trains a dense model")
+        check_parallelism(json_path, tree, world_size, None)
+    else:
+        expert_parallel_keys(student)
+        check_parallelism(json_path, tree, world_size, student.n_routed_experts)
     check_batches(config, world_size)
     dtype = model_dtype(tree)
-    if config.model.teacher is not None:
+    if config.kd_weight > 0:
+        assert config.model.teacher is not None
         teacher = read_config(config.model.teacher, trust_remote_code=trust)
         check_vocabularies(config.model.teacher, teacher.vocab_size, student.vocab_size)
     reward_rules(config)
@@ -71,16 +77,16 @@ def open_stage(inputs: Inputs, ranks: Ranks) -> Iterator[Stage]:
     builders: dict[str, Callable[[Inputs, Student, Any], Any]] = {
         "warmup": _warmup_stage,
         "joint": _joint_stage,
+        "teacher_grpo": _joint_stage,
     }
     config = inputs.config
     student = _student(inputs, ranks)
-    weight = config.warmup.kd_weight if config.stage == "warmup" else config.distillation.weight
-    teacher = load_teacher(config, inputs.dtype, ranks.device) if weight > 0 else None
+    teacher = load_teacher(config, inputs.dtype, ranks.device) if config.kd_weight > 0 else None
     stage = builders[config.stage](inputs, student, teacher)
     try:
         yield stage.as_stage()
     finally:
-        if config.stage == "joint":
+        if config.has_rollouts:
             stage.collector.checker.close()
 
 
@@ -140,7 +146,7 @@ def accumulation_steps(config: RunConfig, world: int) -> int:
 
 def optimiser_steps(config: RunConfig) -> int:
     """Optimiser steps of the whole run."""
-    return config.steps * (config.policy.updates_per_rollout if config.stage == "joint" else 1)
+    return config.steps * (config.policy.updates_per_rollout if config.has_rollouts else 1)
 
 
 def options_from(section: Any, options: type[Options]) -> Options:

@@ -1,4 +1,4 @@
-"""Stages II-IV: one step of joint training, from rollout to rebalanced router.
+"""Stages II-IV: one step of joint training, from rollout to rebalanced router; for a dense model, plain GRPO.
 
 Legend: P prompts, G responses per prompt, B responses, T prompt tokens, R response tokens, L = T + R tokens,
 S = B * L tokens of a layer, E experts, V vocabulary.
@@ -70,7 +70,7 @@ class JointStage:
 
     student: Student
     teacher: Any
-    """Dense model, or None where the distillation weight is 0."""
+    """Dense model, or None where there is no distillation."""
     collector: Collector
     config: RunConfig
     policy_options: PolicyOptions
@@ -107,7 +107,7 @@ class JointStage:
             "seconds_scoring": scored_s - collected_s,
             "seconds_update": updated_s - scored_s,
         }
-        layers = routing.layers | {"advantage_ema": self.balance.ema_LE.tolist()}
+        layers = routing.layers | ({"advantage_ema": self.balance.ema_LE.tolist()} if self.student.layers else {})
         return StepReport(metrics=metrics, routing=layers, samples=rollout.samples)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -152,7 +152,7 @@ class JointStage:
         The seed makes routing noise the same before and after an update, so that it is no part of the ratio.
         """
         self.student.control.seed = routing_seed
-        with self.student.recording(graph=self.config.balance.kind == "aux_loss") as record:
+        with self.student.recording(graph=self._uses_aux_loss) as record:
             logits_BRV = response_logits(
                 self.student.engine,
                 batch.input_ids_BL,
@@ -211,10 +211,10 @@ class JointStage:
         )
         loss = config.policy.weight * global_mean(terms.loss_sum, counts.policy, world)
         kd_sum = torch.zeros((), device=loss.device)
-        if config.distillation.weight > 0:
+        if config.kd_weight > 0:
             kd_sum = self._kd_sum(batch, logits_BRV, sums)
-            loss = loss + config.distillation.weight * global_mean(kd_sum, counts.response_tokens, world)
-        if config.balance.kind == "aux_loss":
+            loss = loss + config.kd_weight * global_mean(kd_sum, counts.response_tokens, world)
+        if self._uses_aux_loss:
             aux_sum = self._aux_sum(batch, record)
             loss = loss + config.balance.aux_weight * global_mean(aux_sum, counts.tokens, world)
             sums.add("loss_aux", aux_sum.detach(), batch.attention_mask_BL.sum())
@@ -242,6 +242,8 @@ class JointStage:
             choice_flips(record.selected_SK[layer], old_SK, mask_S)
             for layer, old_SK in enumerate(micro_batch.old.selected_SK)
         ]
+        if not per_layer:
+            return
         slots = mask_S.sum() * sum(old_SK.shape[1] for old_SK in micro_batch.old.selected_SK)
         sums.add("router_flips", torch.stack(per_layer).sum(), slots)
 
@@ -258,6 +260,8 @@ class JointStage:
             old_SE = router_distribution(old.scores_SE[layer], score_function)
             return router_shift(new_SE, old_SE, measure, old.selected_SK[layer])
 
+        if not self.student.layers:
+            return torch.zeros_like(batch.response_mask_BR, dtype=torch.float32)
         shift_S = mean_over_layers(layer_shift(layer) for layer in range(len(self.student.layers)))
         return response_positions(shift_S.view(n_responses, -1), n_response)
 
@@ -309,11 +313,17 @@ class JointStage:
 
     def _biases(self) -> torch.Tensor:
         slot = self._bias_slot
+        if not self.student.layers:
+            return torch.zeros(0, 0, device=self.student.ranks.device)
         return torch.stack([getattr(router, slot) for router in self.student.routers])
 
     def _install(self, bias_LE: torch.Tensor) -> None:
         for router, bias_E in zip(self.student.routers, bias_LE, strict=True):
             getattr(router, self._bias_slot).copy_(bias_E)
+
+    @property
+    def _uses_aux_loss(self) -> bool:
+        return self.config.balance.kind == "aux_loss" and bool(self.student.layers)
 
     @property
     def _bias_slot(self) -> str:

@@ -95,7 +95,12 @@ class RoutingStatistics:
         return RoutingTotals(counts_LE, value_sum_LE, value_count_LE, spread_L)
 
     def report(self) -> RoutingReport:
-        """Load violation, dead experts and entropy, as means over layers and per layer. Collective."""
+        """Load violation, dead experts and entropy, as means over layers and per layer; nothing without MoE layers.
+
+        Collective.
+        """
+        if not self.student.layers:
+            return RoutingReport({}, {})
         totals = self.totals()
         entropy = sum_over_ranks(torch.cat([self.entropy_sum_L, self.tokens[None]]))
         entropy_L = entropy[:-1] / entropy[-1].clamp(min=1)

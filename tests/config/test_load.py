@@ -41,6 +41,19 @@ def test_joint_trains_on_part_c_unless_told_otherwise(run_yaml: Path) -> None:
     assert load_run_config(run_yaml, ["stage=joint", "data.part=all"]).data_part == "all"
 
 
+def test_the_teacher_needs_no_teacher_and_nothing_to_balance(run_yaml: Path) -> None:
+    config = load_run_config(run_yaml, ["stage=teacher_grpo", "model.teacher=null", "balance.kind=aux_loss"])
+    assert config.data_part == "C"
+    assert config.kd_weight == 0 and not config.balances_by_bias
+
+
+@pytest.mark.parametrize("name", ["teacher_grpo", "warmup", "joint"])
+def test_the_files_with_the_papers_numbers_load(repository: Path, name: str) -> None:
+    config = load_run_config(repository / "ds_configs" / "runs" / f"{name}.yaml", [])
+    assert config.stage == name
+    assert (repository / config.deepspeed).is_file()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -48,7 +61,7 @@ def test_joint_trains_on_part_c_unless_told_otherwise(run_yaml: Path) -> None:
         ("warmpu.kd_weight=1", "unknown key warmpu; did you mean warmup?"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate = -1: input should be greater than 0"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate = 'fast'"),
-        ("stage=other", "stage = 'other': input should be 'warmup' or 'joint'"),
+        ("stage=other", "stage = 'other': input should be 'teacher_grpo', 'warmup' or 'joint'"),
         ("rollout.group_size=1", "rollout.group_size = 1: input should be greater than or equal to 2"),
         ("model.teacher=null", "set warmup.kd_weight=0"),
         ("data.part_fractions={A: 0.5, B: 0.1, C: 0.1, D: 0.1}", "must add up to 1"),
