@@ -92,6 +92,7 @@ def make_joint_stage(ranks: Ranks, config: RunConfig, expert_parallel: int, chec
             end_token_ids=(tokenizer.eos_token_id,),
             pad_token_id=tokenizer.pad_token_id,
             ranks_in_step=ranks.world > 1,
+            trace=student.tracing if config.routing.replay == "rollout" else None,
         ),
         tokenizer=tokenizer,
         problems=problems(),

@@ -239,9 +239,9 @@ class RoutingConfig:
     """Standard deviation of normal noise on the selection while training, in spreads of the router's scores."""
     train_router: bool = True
     """Whether joint training changes the router."""
-    replay: Literal["off", "old_policy"] = "off"
-    """`old_policy`: an update routes every token as before the first update of its rollout; scores and weights follow
-    the new policy."""
+    replay: Literal["off", "old_policy", "rollout"] = "off"
+    """Whether an update routes every token as the policy before the first update of its rollout did (`old_policy`), or
+    as the rollout itself did (`rollout`, for the scoring before the updates too); weights follow the new policy."""
 
 
 @section

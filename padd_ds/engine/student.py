@@ -90,6 +90,16 @@ class Student:
         finally:
             self.control.replay = before
 
+    @contextmanager
+    def tracing(self) -> Iterator[list[dict[int, torch.Tensor]]]:
+        """Yield a list to which every forward pass inside the block adds the chosen experts [S, K] by layer."""
+        before = self.control.trace
+        self.control.trace = []
+        try:
+            yield self.control.trace
+        finally:
+            self.control.trace = before
+
     def _set_routing(self, mode: RoutingMode, noise: float) -> None:
         self.control.mode = mode
         self.control.noise = noise

@@ -47,7 +47,10 @@ class RoutingControl:
     keep_graph: bool = False
     """Whether recorded scores carry gradients to the router."""
     replay: dict[int, torch.Tensor] | None = None
-    """[S, K] experts by layer that `routed` takes instead of its own choice; weights are still the scores' own."""
+    """[S, K] experts by layer that `routed` takes instead of its own choice, which stays where they are below 0;
+    weights are still the scores' own."""
+    trace: list[dict[int, torch.Tensor]] | None = None
+    """Where every forward pass adds the chosen experts [S, K] by layer; None keeps nothing."""
 
 
 def score_spread(scores_SE: torch.Tensor) -> torch.Tensor:
@@ -127,8 +130,6 @@ class PaddRouter(nn.Module):
         control = self.control
         if control.mode == "dense":
             return torch.arange(self.num_experts, device=scores_SE.device).expand_as(scores_SE).contiguous()
-        if control.mode == "routed" and control.replay is not None:
-            return control.replay[self.layer]
         device = scores_SE.device
         generator = torch.Generator(device).manual_seed(derive_seed(control.seed, self.layer))
         if control.mode == "sample":
@@ -138,7 +139,11 @@ class PaddRouter(nn.Module):
         if control.noise > 0:
             noise_SE = torch.randn(scores_SE.shape, generator=generator, device=device)
             choice_SE = choice_SE + control.noise * score_spread(scores_SE) * noise_SE
-        return choice_SE.topk(self.top_k, dim=-1, sorted=False).indices
+        selected_SK = choice_SE.topk(self.top_k, dim=-1, sorted=False).indices
+        if control.replay is None:
+            return selected_SK
+        replayed_SK = control.replay[self.layer]
+        return torch.where(replayed_SK < 0, selected_SK, replayed_SK)
 
     def _weights(self, scores_SE: torch.Tensor, selected_SK: torch.Tensor) -> torch.Tensor:
         if self.control.mode == "routed":
@@ -149,6 +154,10 @@ class PaddRouter(nn.Module):
         return torch.full(selected_SK.shape, total / chosen, device=scores_SE.device, dtype=scores_SE.dtype)
 
     def _report(self, x_SD: torch.Tensor, scores_SE: torch.Tensor, selected_SK: torch.Tensor) -> None:
+        if self.control.trace is not None:
+            if self.layer == 0:
+                self.control.trace.append({})
+            self.control.trace[-1][self.layer] = selected_SK
         record = self.control.record
         if record is None:
             return

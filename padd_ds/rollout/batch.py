@@ -1,6 +1,7 @@
 """A rollout as tensors, and the slices that training takes from it.
 
-Legend: B responses of this rank, T prompt tokens (left-padded), R response tokens (right-padded).
+Legend: B responses of this rank, T prompt tokens (left-padded), R response tokens (right-padded), L = T + R,
+N MoE layers, K experts per token.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,8 @@ class RolloutBatch:
     response_mask_BR: torch.Tensor
     """1 on the response's own tokens, the end token included; bool."""
     advantage_B: torch.Tensor
+    routes_BLNK: torch.Tensor | None = None
+    """Experts that the rollout routed every token to, -1 where it did not run one; None where nobody asked."""
 
     @property
     def n_responses(self) -> int:
@@ -25,7 +28,7 @@ class RolloutBatch:
 
     @property
     def input_ids_BL(self) -> torch.Tensor:
-        """Prompt and response side by side, L = T + R."""
+        """Prompt and response side by side."""
         return torch.cat([self.prompt_ids_BT, self.response_ids_BR], dim=1)
 
     @property
@@ -34,11 +37,14 @@ class RolloutBatch:
 
     def rows(self, index: torch.Tensor) -> "RolloutBatch":
         """The responses at `index`, cut to the longest prompt and response among them."""
-        chosen = replace(self, **{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        chosen = replace(self, **{name: tensor[index] for name, tensor in tensors.items() if tensor is not None})
         n_prompt = int(chosen.prompt_mask_BT.sum(dim=1).max())
         n_response = max(int(chosen.response_mask_BR.sum(dim=1).max()), 1)
+        width, routes_BLNK = chosen.prompt_ids_BT.shape[1], chosen.routes_BLNK
         return replace(
             chosen,
+            routes_BLNK=None if routes_BLNK is None else routes_BLNK[:, width - n_prompt : width + n_response],
             prompt_ids_BT=chosen.prompt_ids_BT[:, -n_prompt:],
             prompt_mask_BT=chosen.prompt_mask_BT[:, -n_prompt:],
             response_ids_BR=chosen.response_ids_BR[:, :n_response],

@@ -84,6 +84,7 @@ class Collector:
             response_ids_BR=responses.ids_BR,
             response_mask_BR=responses.mask_BR & usable_B[:, None],
             advantage_B=advantage_B,
+            routes_BLNK=responses.routes_BLNK,
         )
         samples = _samples(problems, texts, rewards, advantage_B, group_size)
         return Rollout(batch=batch, metrics=_metrics(rewards, responses, group_size), samples=samples)

@@ -1,11 +1,12 @@
 """Sampling responses from the live student, all ranks in step.
 
 Legend: P prompts, G responses per prompt, B = P * G responses, T prompt tokens (left-padded),
-R response tokens (right-padded).
+R response tokens (right-padded), N MoE layers, K experts per token.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,9 @@ class Responses:
     """1 up to and including the end token; bool."""
     ended_B: torch.Tensor
     """Whether the end token came within the allowed length."""
+    routes_BLNK: torch.Tensor | None = None
+    """Experts that every token of prompt and response (L = T + R) was routed to, int16; -1 on the last token, which
+    no forward pass saw. None where they were not traced."""
 
 
 class RolloutEngine(Protocol):
@@ -57,9 +61,21 @@ class HuggingFaceRollout:
     end_token_ids: tuple[int, ...]
     pad_token_id: int
     ranks_in_step: bool
+    trace: Callable[[], AbstractContextManager[list[dict[int, torch.Tensor]]]] | None = None
+    """Opens a list that collects the chosen experts of every forward pass; None keeps no routes."""
 
     @torch.no_grad()
     def generate(
+        self, prompt_ids_PT: torch.Tensor, prompt_mask_PT: torch.Tensor, group_size: int, sampling: Sampling
+    ) -> Responses:
+        with self.trace() if self.trace is not None else nullcontext() as passes:
+            responses = self._generate(prompt_ids_PT, prompt_mask_PT, group_size, sampling)
+        if passes is None:
+            return responses
+        routes_BLNK = assemble_routes(passes, responses.ids_BR.shape, group_size, prefilled=sampling.share_prefill)
+        return replace(responses, routes_BLNK=routes_BLNK)
+
+    def _generate(
         self, prompt_ids_PT: torch.Tensor, prompt_mask_PT: torch.Tensor, group_size: int, sampling: Sampling
     ) -> Responses:
         cache = None
@@ -101,6 +117,26 @@ class HuggingFaceRollout:
         return cache
 
 
+def assemble_routes(
+    passes: list[dict[int, torch.Tensor]], shape_BR: tuple[int, ...], group_size: int, *, prefilled: bool
+) -> torch.Tensor:
+    """[B, L, N, K] int16: the routes of prompts and responses from the forward passes of one `generate`.
+
+    `prefilled`: the first pass ran every prompt once, with a column of padding in front and without its last token.
+    Passes behind those of the R tokens only kept this rank in step with others.
+    """
+    n_responses, n_tokens = shape_BR
+    first, *steps = [torch.stack([chosen[layer] for layer in sorted(chosen)], dim=1).short() for chosen in passes]
+    if prefilled:
+        prompts = first.view(n_responses // group_size, -1, *first.shape[1:])[:, 1:]
+        prompts = torch.cat([prompts.repeat_interleave(group_size, dim=0), steps[0][:, None]], dim=1)
+        steps = steps[1:]
+    else:
+        prompts = first.view(n_responses, -1, *first.shape[1:])
+    unseen = torch.full_like(prompts[:, 0], -1)
+    return torch.cat([prompts, torch.stack([*steps[: n_tokens - 1], unseen], dim=1)], dim=1)
+
+
 def split_responses(ids_BR: torch.Tensor, end_token_ids: tuple[int, ...]) -> Responses:
     """Mask of the real tokens: everything up to and including the first end token."""
     is_end_BR = torch.isin(ids_BR, torch.tensor(end_token_ids, device=ids_BR.device))
@@ -123,8 +159,15 @@ def generate_in_batches(
     def widened(tensor_BR: torch.Tensor, value: int) -> torch.Tensor:
         return torch.nn.functional.pad(tensor_BR, (0, width - tensor_BR.shape[1]), value=value)
 
+    def widened_routes(part: Responses) -> torch.Tensor:
+        assert part.routes_BLNK is not None
+        missing = width - part.ids_BR.shape[1]
+        return torch.nn.functional.pad(part.routes_BLNK, (0, 0, 0, 0, 0, missing), value=-1)
+
+    traced = parts[0].routes_BLNK is not None
     return Responses(
         ids_BR=torch.cat([widened(part.ids_BR, pad_token_id) for part in parts]),
         mask_BR=torch.cat([widened(part.mask_BR, 0) for part in parts]),
         ended_B=torch.cat([part.ended_B for part in parts]),
+        routes_BLNK=torch.cat([widened_routes(part) for part in parts]) if traced else None,
     )

@@ -203,6 +203,7 @@ def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointS
             end_token_ids=tuple(end_token_ids(student.model, inputs.tokenizer)),
             pad_token_id=inputs.tokenizer.pad_token_id,
             ranks_in_step=ranks.world > 1,
+            trace=student.tracing if config.routing.replay == "rollout" and student.layers else None,
         ),
         tokenizer=inputs.tokenizer,
         problems=inputs.data.problems,

@@ -137,7 +137,8 @@ class JointStage:
 
     @torch.no_grad()
     def _score_micro_batch(self, batch: RolloutBatch, routing_seed: int) -> MicroBatch:
-        logprobs_BR, _, record = self._forward(batch, routing_seed)
+        with self.student.replaying(_routes(batch)):
+            logprobs_BR, _, record = self._forward(batch, routing_seed)
         layers = range(len(self.student.layers))
         old = OldPolicy(
             logprobs_BR=logprobs_BR,
@@ -171,7 +172,7 @@ class JointStage:
         statistics = RoutingStatistics.start(student)
         finite = True
         for index, micro_batch in enumerate(micro_batches):
-            replayed = micro_batch.old.selected_SK if self.config.routing.replay == "old_policy" else None
+            replayed = None if self.config.routing.replay == "off" else micro_batch.old.selected_SK
             with student.replaying(replayed):
                 loss, record = self._loss(micro_batch, counts, sums)
                 self._count_routing(micro_batch.batch, record, (statistics, step_statistics))
@@ -328,6 +329,13 @@ class JointStage:
     @property
     def _bias_slot(self) -> str:
         return {"selection": "e_score_correction_bias", "logit": "logit_bias"}[self.config.balance.target]
+
+
+def _routes(batch: RolloutBatch) -> list[torch.Tensor] | None:
+    """The rollout's routes as one [S, K] per layer."""
+    if batch.routes_BLNK is None:
+        return None
+    return [routes_BLK.flatten(0, 1).long() for routes_BLK in batch.routes_BLNK.unbind(dim=2)]
 
 
 def _add_policy_metrics(sums: MetricSums, terms: PolicyTerms, n_policy: torch.Tensor) -> None:

@@ -170,3 +170,21 @@ def test_recorded_scores_carry_gradients_only_when_asked(x_SD: torch.Tensor) -> 
     router(x_SD)
     (gradient_ED,) = torch.autograd.grad(record.scores_SE[0][:, 0].sum(), router.gate.weight)
     assert (gradient_ED[0] != 0).any() and (gradient_ED[1:] == 0).all()
+
+
+def test_replay_leaves_tokens_below_zero_to_the_router(x_SD: torch.Tensor) -> None:
+    router = make_router(RoutingControl())
+    own_SK = router(x_SD)[1]
+    replayed_SK = torch.tensor([[5, 0]]).repeat(S, 1)
+    replayed_SK[::2] = -1
+    router.control.replay = {0: replayed_SK}
+    found_SK = router(x_SD)[1]
+    assert torch.equal(found_SK[::2], own_SK[::2]) and torch.equal(found_SK[1::2], replayed_SK[1::2])
+
+
+def test_a_trace_keeps_every_pass(x_SD: torch.Tensor) -> None:
+    trace: list[dict[int, torch.Tensor]] = []
+    router = make_router(RoutingControl(trace=trace))
+    first_SK, second_SK = router(x_SD)[1], router(x_SD[:3])[1]
+    assert len(trace) == 2
+    assert torch.equal(trace[0][0], first_SK) and torch.equal(trace[1][0], second_SK)

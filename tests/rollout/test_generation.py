@@ -7,7 +7,14 @@ import torch
 
 from padd_ds.engine.ranks import Ranks
 from padd_ds.rollout.batch import RolloutBatch, response_positions
-from padd_ds.rollout.generation import HuggingFaceRollout, Responses, Sampling, generate_in_batches, split_responses
+from padd_ds.rollout.generation import (
+    HuggingFaceRollout,
+    Responses,
+    Sampling,
+    assemble_routes,
+    generate_in_batches,
+    split_responses,
+)
 from tests.ranks import run_ranks
 from tests.tiny import tiny_student
 from tests.world import joint_config, make_student
@@ -70,6 +77,24 @@ def test_batches_are_joined_to_the_longest() -> None:
     joined = generate_in_batches(fake, PROMPTS, MASK, 2, 0)
     assert joined.ids_BR.tolist() == [[9, 9, 0], [9, 9, 0], [9, 9, 9]]
     assert joined.mask_BR.sum(1).tolist() == [2, 2, 3]
+
+
+def test_routes_are_put_together_in_the_order_of_the_tokens() -> None:
+    """Two prompts of three tokens, two responses each, of two tokens; the expert tells prompt and position."""
+
+    def one_pass(*experts: int) -> dict[int, torch.Tensor]:
+        return {0: torch.tensor(experts)[:, None], 1: 100 + torch.tensor(experts)[:, None]}
+
+    steps = [one_pass(21, 22, 23, 24), one_pass(99, 99, 99, 99)]  # the second only kept in step with other ranks
+    shared = [one_pass(0, 11, 12, 0, 14, 15), one_pass(13, 13, 16, 16), *steps]
+    apart = [one_pass(*[11, 12, 13] * 2, *[14, 15, 16] * 2), *steps]
+    for prefilled, passes in ((True, shared), (False, apart)):
+        routes_BLNK = assemble_routes(passes, (4, 2), 2, prefilled=prefilled)
+        assert routes_BLNK.shape == (4, 5, 2, 1) and routes_BLNK.dtype == torch.int16
+        expected = [[11, 12, 13, 21], [11, 12, 13, 22], [14, 15, 16, 23], [14, 15, 16, 24]]
+        assert routes_BLNK[:, :4, 0, 0].tolist() == expected
+        assert torch.equal(routes_BLNK[:, :4, 1], routes_BLNK[:, :4, 0] + 100)
+        assert (routes_BLNK[:, 4] == -1).all()
 
 
 def rollout_batch() -> RolloutBatch:

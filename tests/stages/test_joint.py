@@ -7,6 +7,7 @@ import torch
 
 from padd_ds.config.schema import RoutingConfig
 from padd_ds.engine.ranks import Ranks
+from padd_ds.moe.load import choice_flips
 from tests.ranks import run_ranks
 from tests.world import FixedChecker, joint_config, make_joint_stage
 
@@ -91,3 +92,46 @@ def test_auxiliary_loss_moves_the_router_alone_and_the_other_kinds_the_bias() ->
     assert none["bias"] == 0 and loss_free["bias"] > 0 and reward["bias"] > 0
     assert aux["metrics"]["grad_norm"] > 0 == none["metrics"]["grad_norm"]
     assert aux["gates"].abs().max() > 10 * none["gates"].abs().max()
+
+
+def rollout_against_forward(ranks: Ranks, share_prefill: bool) -> dict[str, Any]:
+    config = joint_config(
+        routing=RoutingConfig(replay="rollout"),
+        rollout={
+            "prompts": 4,
+            "group_size": 4,
+            "max_new_tokens": 6,
+            "share_prefill": share_prefill,
+            "prompts_per_batch": 1,
+        },
+    )
+    stage = make_joint_stage(ranks, config, 2, FixedChecker(lambda text, gold: len(text) % 2 == 0))
+    stage.student.engine.eval()
+    batch = stage.collector.collect(0).batch
+    assert batch.routes_BLNK is not None
+    with torch.no_grad():
+        _, _, record = stage._forward(batch, 0)
+    unseen_BL = batch.routes_BLNK[:, :, 0, 0] < 0
+    mask_S = (batch.attention_mask_BL.bool() & ~unseen_BL).flatten()
+    flips = [
+        int(choice_flips(record.selected_SK[layer], batch.routes_BLNK[:, :, layer].flatten(0, 1).long(), mask_S))
+        for layer in range(len(stage.student.layers))
+    ]
+    shapes = [tuple(batch.routes_BLNK.shape[:2]), tuple(batch.attention_mask_BL.shape)]
+    return {"flips": flips, "tokens": int(mask_S.sum()), "unseen": unseen_BL.sum(dim=1).tolist(), "shapes": shapes}
+
+
+@pytest.mark.parametrize("share_prefill", [True, False])
+def test_traced_routes_are_those_of_one_forward_pass(share_prefill: bool) -> None:
+    for found in run_ranks(rollout_against_forward, 2, share_prefill):
+        assert found["tokens"] > 8 * 4
+        assert found["flips"] == [0, 0]
+        # Only the last token that fits was never run; shorter ones of a joined batch are padding there.
+        assert found["shapes"][0] == found["shapes"][1]
+        assert all(1 <= count <= 6 for count in found["unseen"])
+
+
+def test_replay_of_the_rollout_reaches_the_scores_and_the_updates() -> None:
+    replayed = run_ranks(one_step_each, 2, [{"routing": RoutingConfig(replay="rollout")}])[0][0]
+    assert replayed["metrics"]["router_flips"] == 0
+    assert replayed["metrics"]["router_shift"] > 0
