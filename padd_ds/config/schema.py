@@ -258,6 +258,9 @@ class LogConfig:
     """Steps between lines of metrics.jsonl and tensorboard."""
     routing_every_steps: Count = 10
     """Steps between lines of routing/routing.jsonl (per layer and expert)."""
+    gradients_every_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps between measurements of the gradient norm of every term of the loss alone, on the first micro-batch: one
+    more backward pass per term. 0: never."""
     tensorboard: bool = True
     """Write tensorboard event files."""
 
@@ -310,6 +313,11 @@ class RunConfig:
     def kd_weight(self) -> float:
         """Of the distillation loss of this stage; the teacher itself has no teacher."""
         return {"warmup": self.warmup.kd_weight, "joint": self.distillation.weight, "teacher_grpo": 0.0}[self.stage]
+
+    def measures_gradients(self, step: int) -> bool:
+        """Whether the terms' own gradients are measured at a step."""
+        every = self.log.gradients_every_steps
+        return every > 0 and step % every == 0
 
     @property
     def has_rollouts(self) -> bool:

@@ -44,6 +44,10 @@ class Student:
         return self.layers[0].ep_size if self.layers else 1
 
     @property
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
     def model(self) -> Any:
         return self.engine.module
 

@@ -21,8 +21,3 @@ def init_kl(student_prior_E: Tensor, teacher_prior_E: Tensor) -> Tensor:
     log_student_E = student_prior_E.clamp(min=tiny).log()
     log_teacher_E = teacher_prior_E.detach().to(dtype).clamp(min=tiny).log()
     return (student_prior_E * (log_student_E - log_teacher_E)).sum()
-
-
-def warmup_loss(lm: Tensor, kd: Tensor, init: Tensor, alpha: float, beta: float) -> Tensor:
-    """L_warmup = L_LM + alpha * L_KD + beta * L_init, each already divided by its count."""
-    return lm + alpha * kd + beta * init

@@ -25,6 +25,7 @@ from padd_ds.moe.shift import mean_over_layers, router_distribution, router_shif
 from padd_ds.rollout.batch import RolloutBatch, response_positions
 from padd_ds.rollout.collect import Collector
 from padd_ds.seeds import derive_seed
+from padd_ds.stages.gradients import add_gradient_norms
 from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
 
@@ -95,8 +96,10 @@ class JointStage:
         with self.student.routing("routed", noise=self.config.routing.noise):
             updates = self._score(rollout.batch, step)
             scored_s = time.perf_counter()
-            for micro_batches in updates:
-                self._update(micro_batches, step, sums, statistics)
+            for update, micro_batches in enumerate(updates):
+                # The last update: at the first one the ratios are 1, and nothing has moved.
+                measured = self.config.measures_gradients(step) and update == len(updates) - 1
+                self._update(micro_batches, step, measured, sums, statistics)
         updated_s = time.perf_counter()
         for name, (total, count) in rollout.metrics.items():
             sums.add(name, total, count)
@@ -138,7 +141,7 @@ class JointStage:
     @torch.no_grad()
     def _score_micro_batch(self, batch: RolloutBatch, routing_seed: int) -> MicroBatch:
         with self.student.replaying(_routes(batch)):
-            logprobs_BR, _, record = self._forward(batch, routing_seed)
+            logprobs_BR, _, record = self._forward(self.student.engine, batch, routing_seed)
         layers = range(len(self.student.layers))
         old = OldPolicy(
             logprobs_BR=logprobs_BR,
@@ -147,7 +150,9 @@ class JointStage:
         )
         return MicroBatch(batch=batch, routing_seed=routing_seed, old=old)
 
-    def _forward(self, batch: RolloutBatch, routing_seed: int) -> tuple[torch.Tensor, torch.Tensor, RoutingRecord]:
+    def _forward(
+        self, model: Any, batch: RolloutBatch, routing_seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor, RoutingRecord]:
         """Log-probabilities [B, R] and logits [B, R, V] of the responses, and what the routers did.
 
         The seed makes routing noise the same before and after an update, so that it is no part of the ratio.
@@ -155,7 +160,7 @@ class JointStage:
         self.student.control.seed = routing_seed
         with self.student.recording(graph=self._uses_aux_loss) as record:
             logits_BRV = response_logits(
-                self.student.engine,
+                model,
                 batch.input_ids_BL,
                 batch.attention_mask_BL,
                 batch.response_ids_BR.shape[1],
@@ -164,9 +169,14 @@ class JointStage:
         return token_logprobs(logits_BRV, batch.response_ids_BR, temperature), logits_BRV, record
 
     def _update(
-        self, micro_batches: list[MicroBatch], step: int, sums: MetricSums, step_statistics: RoutingStatistics
+        self,
+        micro_batches: list[MicroBatch],
+        step: int,
+        measured: bool,
+        sums: MetricSums,
+        step_statistics: RoutingStatistics,
     ) -> None:
-        """One optimiser step on a share of the responses, then Stage IV."""
+        """One optimiser step on a share of the responses, then Stage IV. `measured`: tell the terms' gradient norms."""
         student = self.student
         counts = self._counts([micro_batch.batch for micro_batch in micro_batches])
         statistics = RoutingStatistics.start(student)
@@ -174,8 +184,12 @@ class JointStage:
         for index, micro_batch in enumerate(micro_batches):
             replayed = None if self.config.routing.replay == "off" else micro_batch.old.selected_SK
             with student.replaying(replayed):
-                loss, record = self._loss(micro_batch, counts, sums)
+                if measured and index == 0:
+                    terms, _ = self._loss_terms(student.model, micro_batch, counts, MetricSums())
+                    add_gradient_norms(terms, student, sums)
+                terms, record = self._loss_terms(student.engine, micro_batch, counts, sums)
                 self._count_routing(micro_batch.batch, record, (statistics, step_statistics))
+                loss = torch.stack(list(terms.values())).sum()
                 student.backward(loss)
             finite = finite and bool(torch.isfinite(loss))
             if index == len(micro_batches) - 1 and any_rank(not finite, student.ranks):
@@ -198,9 +212,12 @@ class JointStage:
         ]
         return Counts(*sum_over_ranks(torch.stack(per_batch).sum(dim=0)))
 
-    def _loss(self, micro_batch: MicroBatch, counts: Counts, sums: MetricSums) -> tuple[torch.Tensor, RoutingRecord]:
+    def _loss_terms(
+        self, model: Any, micro_batch: MicroBatch, counts: Counts, sums: MetricSums
+    ) -> tuple[dict[str, torch.Tensor], RoutingRecord]:
+        """The weighted terms of the loss, and what the routers did. `model`: the engine or the model in it."""
         batch, config, world = micro_batch.batch, self.config, self.student.ranks.world
-        logprobs_BR, logits_BRV, record = self._forward(batch, micro_batch.routing_seed)
+        logprobs_BR, logits_BRV, record = self._forward(model, batch, micro_batch.routing_seed)
         shift_BR = self._shift(micro_batch, record)
         terms = POLICY_LOSSES[config.policy.objective](
             logprobs_BR,
@@ -210,20 +227,20 @@ class JointStage:
             shift_BR,
             self.policy_options,
         )
-        loss = config.policy.weight * global_mean(terms.loss_sum, counts.policy, world)
-        kd_sum = torch.zeros((), device=loss.device)
+        loss_terms = {"policy": config.policy.weight * global_mean(terms.loss_sum, counts.policy, world)}
+        kd_sum = torch.zeros((), device=logits_BRV.device)
         if config.kd_weight > 0:
             kd_sum = self._kd_sum(batch, logits_BRV, sums)
-            loss = loss + config.kd_weight * global_mean(kd_sum, counts.response_tokens, world)
+            loss_terms["kd"] = config.kd_weight * global_mean(kd_sum, counts.response_tokens, world)
         if self._uses_aux_loss:
             aux_sum = self._aux_sum(batch, record)
-            loss = loss + config.balance.aux_weight * global_mean(aux_sum, counts.tokens, world)
+            loss_terms["aux"] = config.balance.aux_weight * global_mean(aux_sum, counts.tokens, world)
             sums.add("loss_aux", aux_sum.detach(), batch.attention_mask_BL.sum())
         _add_policy_metrics(sums, terms, loss_count(batch.response_mask_BR, self.policy_options))
         sums.add("loss_kd", kd_sum, terms.tokens)
         sums.add("router_shift", (shift_BR * batch.response_mask_BR).sum(), terms.tokens)
         self._add_flips(micro_batch, record, sums)
-        return loss, record
+        return loss_terms, record
 
     def _aux_sum(self, batch: RolloutBatch, record: RoutingRecord) -> torch.Tensor:
         """The auxiliary balancing loss, summed over real tokens, mean over layers; its gradient reaches the routers."""

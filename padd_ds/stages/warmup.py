@@ -21,9 +21,10 @@ from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import distillation_sum
 from padd_ds.losses.prior import expert_activation_sums, expert_prior
 from padd_ds.losses.tokens import cross_entropy_sum, global_mean
-from padd_ds.losses.warmup import init_kl, warmup_loss
+from padd_ds.losses.warmup import init_kl
 from padd_ds.moe.router import RoutingRecord
 from padd_ds.seeds import derive_seed
+from padd_ds.stages.gradients import add_gradient_norms
 from padd_ds.stages.materials import prompt_template, supervised_target
 from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
@@ -60,7 +61,12 @@ class WarmupStage:
         for index, batch in enumerate(micro_batches):
             student.control.seed = derive_seed(config.seed, step, student.ranks.rank, index)
             with student.routing(config.warmup.routing, noise=config.routing.noise):
-                loss = self._loss(batch, n_tokens, len(micro_batches), sums, statistics)
+                counts = (n_tokens, len(micro_batches))
+                if config.measures_gradients(step) and index == 0:
+                    unused = MetricSums(), RoutingStatistics.start(student)
+                    add_gradient_norms(self._loss_terms(student.model, batch, *counts, *unused), student, sums)
+                terms = self._loss_terms(student.engine, batch, *counts, sums, statistics)
+                loss = torch.stack(list(terms.values())).sum()
                 student.backward(loss)
             finite = finite and bool(torch.isfinite(loss))
             if index == len(micro_batches) - 1 and any_rank(not finite, student.ranks):
@@ -89,18 +95,20 @@ class WarmupStage:
         moved = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
         return moved  # type: ignore[return-value]
 
-    def _loss(
+    def _loss_terms(
         self,
+        model: Any,
         batch: SupervisedBatch,
         n_tokens: torch.Tensor,
         n_micro: int,
         sums: MetricSums,
         statistics: RoutingStatistics,
-    ) -> torch.Tensor:
+    ) -> dict[str, torch.Tensor]:
+        """The weighted terms of the loss: L_LM, alpha L_KD, beta L_init. `model`: the engine or the model in it."""
         options, student, world = self.config.warmup, self.student, self.student.ranks.world
         mask_BT, target_mask_BR = batch["attention_mask_BT"], batch["target_mask_BR"]
         with student.recording(inputs=options.init_weight > 0) as record:
-            logits_BRV = _target_logits(student.engine, batch)
+            logits_BRV = _target_logits(model, batch)
         lm_sum = cross_entropy_sum(logits_BRV, batch["target_ids_BR"], target_mask_BR)
         kd_sum = init = torch.zeros((), device=student.ranks.device)
         if options.kd_weight > 0:
@@ -113,14 +121,12 @@ class WarmupStage:
         sums.add("loss_kd", kd_sum, n_learnt)
         sums.add("loss_init", init)
         sums.add("targets_truncated", batch["truncated"], len(mask_BT))
-        return warmup_loss(
-            global_mean(lm_sum, n_tokens, world),
-            global_mean(kd_sum, n_tokens, world),
+        return {
+            "lm": global_mean(lm_sum, n_tokens, world),
+            "kd": options.kd_weight * global_mean(kd_sum, n_tokens, world),
             # Each rank holds the gradient of its own experts only, and gradients are averaged over all ranks.
-            init * student.expert_parallel_size / n_micro,
-            options.kd_weight,
-            options.init_weight,
-        )
+            "init": options.init_weight * init * student.expert_parallel_size / n_micro,
+        }
 
     def _kd_sum(self, batch: SupervisedBatch, logits_BRV: torch.Tensor) -> torch.Tensor:
         """Choice: L_KD compares next-token distributions, the teacher first, on the target's tokens."""

@@ -110,7 +110,7 @@ def rollout_against_forward(ranks: Ranks, share_prefill: bool) -> dict[str, Any]
     batch = stage.collector.collect(0).batch
     assert batch.routes_BLNK is not None
     with torch.no_grad():
-        _, _, record = stage._forward(batch, 0)
+        _, _, record = stage._forward(stage.student.engine, batch, 0)
     unseen_BL = batch.routes_BLNK[:, :, 0, 0] < 0
     mask_S = (batch.attention_mask_BL.bool() & ~unseen_BL).flatten()
     flips = [
