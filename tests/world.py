@@ -92,6 +92,7 @@ def make_joint_stage(ranks: Ranks, config: RunConfig, expert_parallel: int, chec
             end_token_ids=(tokenizer.eos_token_id,),
             pad_token_id=tokenizer.pad_token_id,
             ranks_in_step=ranks.world > 1,
+            keep_logprobs=config.policy.importance_cap is not None,
             trace=student.tracing if config.routing.replay == "rollout" else None,
         ),
         tokenizer=tokenizer,
@@ -109,6 +110,7 @@ def make_joint_stage(ranks: Ranks, config: RunConfig, expert_parallel: int, chec
     return JointStage(
         student=student,
         teacher=teacher,
+        reference=make_tiny_model(seed=1).eval().requires_grad_(False) if config.policy.kl_weight else None,
         collector=collector,
         config=config,
         policy_options=policy_options(config),

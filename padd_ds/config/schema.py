@@ -24,6 +24,8 @@ class ModelConfig:
     dense model: a Hugging Face folder or hub id."""
     teacher: str | None = None
     """The dense teacher: a Hugging Face folder or hub id. Needed wherever a distillation weight is above 0."""
+    reference: str | None = None
+    """What policy.kl_weight holds the student to: a folder or hub id; default: model.student as it began."""
     targets: str | None = None
     """Folder with padd_targets.safetensors; default: the student's own folder."""
     trust_remote_code: bool = False
@@ -194,6 +196,11 @@ class PolicyConfig:
     """Whether advantages are divided by the standard deviation of their group; default: yes, with dr_grpo no."""
     drop_flat_groups: bool = False
     """Leave groups of equal rewards, which have no advantage, out of the means and of the distillation too."""
+    kl_weight: NonNegative = 0.0
+    """Weight of KL(student || reference) beside the policy loss, whose means it shares; the paper has none."""
+    importance_cap: Positive | None = None
+    """Multiply advantages by min(old policy / rollout, cap) per token, where the rollout may draw from another
+    distribution than training computes (another engine or precision); default: no correction."""
     weight: NonNegative = 1.0
     """Weight of the policy loss beside the distillation loss."""
 

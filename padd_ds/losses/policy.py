@@ -68,6 +68,7 @@ class PolicyTerms:
 
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PolicyOptions], PolicyTerms]
+"""Takes log-probabilities, the old policy's, advantages ([B], or [B, T] where tokens are weighted), mask and shift."""
 
 
 def loss_count(mask_BT: Tensor, options: PolicyOptions) -> Tensor:
@@ -149,7 +150,7 @@ def pr_grpo_sum(
     mask_BT = mask_BT.bool()
     log_ratio_BT = _masked_log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
     penalty_BT = options.shift_penalty * _masked_shift(shift_BT, mask_BT, log_ratio_BT.dtype)
-    discounted_BT = log_ratio_BT - penalty_BT * (advantage_B.detach()[:, None] < 0)
+    discounted_BT = log_ratio_BT - penalty_BT * (_per_token(advantage_B.detach()) < 0)
     return _clipped_terms(log_ratio_BT, discounted_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
 
 
@@ -160,6 +161,32 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "rspo": rspo_sum,
     "pr_grpo": pr_grpo_sum,
 }
+
+
+def importance_weights(old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, mask_BT: Tensor, cap: float) -> Tensor:
+    """min(pi_old / pi_rollout, cap) per token, 1 in padding, [B, T], without gradient.
+
+    Corrects for a rollout that draws from another distribution than the one that training computes from the same
+    weights: multiplied onto the advantages (truncated importance sampling).
+    """
+    log_ratio_BT = _masked_log_ratio(old_logprobs_BT, rollout_logprobs_BT, mask_BT.bool())
+    return log_ratio_BT.exp().clamp(max=cap).detach()
+
+
+def reference_kl_sum(
+    logprobs_BT: Tensor, reference_logprobs_BT: Tensor, mask_BT: Tensor, options: PolicyOptions
+) -> Tensor:
+    """KL(pi || reference) as GRPO estimates it, q - log q - 1 with q = reference / pi, nats (arXiv 2402.03300, eq. 4).
+
+    A sum over tokens with the weights of the policy loss, to be divided by `loss_count`; scalar.
+    """
+    mask_BT = mask_BT.bool()
+    log_q_BT = -_masked_log_ratio(logprobs_BT, reference_logprobs_BT, mask_BT)
+    return ((log_q_BT.exp() - log_q_BT - 1) * _token_weights(mask_BT, options, log_q_BT.dtype)).sum()
+
+
+def _per_token(advantage: Tensor) -> Tensor:
+    return advantage if advantage.dim() == 2 else advantage[:, None]
 
 
 def _masked_shift(shift_BT: Tensor, mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -183,9 +210,9 @@ def _clipped_terms(
 ) -> PolicyTerms:
     """The clipped loss of the ratios exp(used_log), and diagnostics of log_ratio and penalty; all 0 in padding."""
     ratio_BT = used_log_BT.exp()
-    advantage_B1 = advantage_B.to(ratio_BT.dtype)[:, None]
-    free_BT = ratio_BT * advantage_B1
-    clipped_BT = ratio_BT.clamp(1 - options.clip_low, 1 + options.clip_high) * advantage_B1
+    advantage_BT = _per_token(advantage_B).to(ratio_BT.dtype).masked_fill(~mask_BT, 0.0)
+    free_BT = ratio_BT * advantage_BT
+    clipped_BT = ratio_BT.clamp(1 - options.clip_low, 1 + options.clip_high) * advantage_BT
     weight_BT = _token_weights(mask_BT, options, ratio_BT.dtype)
     loss_sum = -(torch.minimum(free_BT, clipped_BT) * weight_BT).sum()
     with torch.no_grad():

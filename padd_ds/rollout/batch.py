@@ -19,6 +19,8 @@ class RolloutBatch:
     response_mask_BR: torch.Tensor
     """1 on the response's own tokens, the end token included; bool."""
     advantage_B: torch.Tensor
+    rollout_logprobs_BR: torch.Tensor | None = None
+    """Log-probabilities of the response's tokens as the rollout computed them; None where nobody asked."""
     routes_BLNK: torch.Tensor | None = None
     """Experts that the rollout routed every token to, -1 where it did not run one; None where nobody asked."""
 
@@ -41,9 +43,11 @@ class RolloutBatch:
         chosen = replace(self, **{name: tensor[index] for name, tensor in tensors.items() if tensor is not None})
         n_prompt = int(chosen.prompt_mask_BT.sum(dim=1).max())
         n_response = max(int(chosen.response_mask_BR.sum(dim=1).max()), 1)
+        logprobs_BR = chosen.rollout_logprobs_BR
         width, routes_BLNK = chosen.prompt_ids_BT.shape[1], chosen.routes_BLNK
         return replace(
             chosen,
+            rollout_logprobs_BR=None if logprobs_BR is None else logprobs_BR[:, :n_response],
             routes_BLNK=None if routes_BLNK is None else routes_BLNK[:, width - n_prompt : width + n_response],
             prompt_ids_BT=chosen.prompt_ids_BT[:, -n_prompt:],
             prompt_mask_BT=chosen.prompt_mask_BT[:, -n_prompt:],

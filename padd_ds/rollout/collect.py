@@ -84,6 +84,7 @@ class Collector:
             response_ids_BR=responses.ids_BR,
             response_mask_BR=responses.mask_BR & usable_B[:, None],
             advantage_B=advantage_B,
+            rollout_logprobs_BR=responses.logprobs_BR,
             routes_BLNK=responses.routes_BLNK,
         )
         samples = _samples(problems, texts, rewards, advantage_B, group_size)

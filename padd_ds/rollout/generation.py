@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class Responses:
     """1 up to and including the end token; bool."""
     ended_B: torch.Tensor
     """Whether the end token came within the allowed length."""
+    logprobs_BR: torch.Tensor | None = None
+    """fp32 log-probabilities of the tokens at the sampling temperature, as this engine computed them; None where
+    nobody asked."""
     routes_BLNK: torch.Tensor | None = None
     """Experts that every token of prompt and response (L = T + R) was routed to, int16; -1 on the last token, which
     no forward pass saw. None where they were not traced."""
@@ -64,6 +67,8 @@ class HuggingFaceRollout:
     trace: Callable[[], AbstractContextManager[list[dict[int, torch.Tensor]]]] | None = None
     """Opens a list that collects the chosen experts of every forward pass; None keeps no routes."""
 
+    keep_logprobs: bool = False
+
     @torch.no_grad()
     def generate(
         self, prompt_ids_PT: torch.Tensor, prompt_mask_PT: torch.Tensor, group_size: int, sampling: Sampling
@@ -87,6 +92,7 @@ class HuggingFaceRollout:
         ids_BT = prompt_ids_PT.repeat_interleave(group_size, dim=0)
         mask_BT = prompt_mask_PT.repeat_interleave(group_size, dim=0)
         sampled = sampling.temperature > 0
+        recorder = SampledLogprobs(sampling.temperature or 1.0) if self.keep_logprobs else None
         sequences_BL = self.model.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
@@ -99,8 +105,10 @@ class HuggingFaceRollout:
             eos_token_id=list(self.end_token_ids),
             pad_token_id=self.pad_token_id,
             synced_gpus=self.ranks_in_step,
+            logits_processor=LogitsProcessorList([] if recorder is None else [recorder]),
         )
-        return split_responses(sequences_BL[:, ids_BT.shape[1] :], self.end_token_ids)
+        responses = split_responses(sequences_BL[:, ids_BT.shape[1] :], self.end_token_ids)
+        return responses if recorder is None else replace(responses, logprobs_BR=recorder.logprobs(sequences_BL))
 
     def _shared_prefill(self, ids_PT: torch.Tensor, mask_PT: torch.Tensor, group_size: int) -> DynamicCache:
         """The cache of all prompt tokens but the last, repeated for the group; `generate` runs the last."""
@@ -115,6 +123,30 @@ class HuggingFaceRollout:
         )
         cache.batch_repeat_interleave(group_size)
         return cache
+
+
+class SampledLogprobs(LogitsProcessor):
+    """Keeps the log-probability of every token that `generate` draws; holds one step's [B, V] at a time."""
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._last_BV: torch.Tensor | None = None
+        self._drawn: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._take(input_ids)
+        self._last_BV = (scores.float() / self._temperature).log_softmax(-1)
+        return scores
+
+    def logprobs(self, sequences_BL: torch.Tensor) -> torch.Tensor:
+        """[B, R] of the finished sequences' R new tokens."""
+        self._take(sequences_BL)
+        self._last_BV = None
+        return torch.stack(self._drawn, dim=1)
+
+    def _take(self, ids_BL: torch.Tensor) -> None:
+        if self._last_BV is not None:
+            self._drawn.append(self._last_BV.gather(1, ids_BL[:, -1:])[:, 0])
 
 
 def assemble_routes(
@@ -164,10 +196,15 @@ def generate_in_batches(
         missing = width - part.ids_BR.shape[1]
         return torch.nn.functional.pad(part.routes_BLNK, (0, 0, 0, 0, 0, missing), value=-1)
 
+    def widened_logprobs(part: Responses) -> torch.Tensor:
+        assert part.logprobs_BR is not None
+        return widened(part.logprobs_BR, 0)
+
     traced = parts[0].routes_BLNK is not None
     return Responses(
         ids_BR=torch.cat([widened(part.ids_BR, pad_token_id) for part in parts]),
         mask_BR=torch.cat([widened(part.mask_BR, 0) for part in parts]),
         ended_B=torch.cat([part.ended_B for part in parts]),
+        logprobs_BR=torch.cat([widened_logprobs(part) for part in parts]) if parts[0].logprobs_BR is not None else None,
         routes_BLNK=torch.cat([widened_routes(part) for part in parts]) if traced else None,
     )

@@ -27,7 +27,14 @@ from padd_ds.rollout.generation import HuggingFaceRollout
 from padd_ds.rollout.rewards import RewardOptions
 from padd_ds.rollout.verify import AnswerChecker
 from padd_ds.stages import joint, warmup
-from padd_ds.stages.materials import TrainingData, check_vocabularies, load_teacher, prompt_template, read_training_data
+from padd_ds.stages.materials import (
+    TrainingData,
+    check_vocabularies,
+    load_reference,
+    load_teacher,
+    prompt_template,
+    read_training_data,
+)
 from padd_ds.stages.stage import Stage
 
 Options = TypeVar("Options")
@@ -60,10 +67,13 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         check_parallelism(json_path, tree, world_size, student.n_routed_experts)
     check_batches(config, world_size)
     dtype = model_dtype(tree)
+    if config.has_rollouts and config.policy.kl_weight > 0 and config.model.reference is not None:
+        reference = read_config(config.model.reference, trust_remote_code=trust)
+        check_vocabularies(f"model.reference {config.model.reference}", reference.vocab_size, student.vocab_size)
     if config.kd_weight > 0:
         assert config.model.teacher is not None
         teacher = read_config(config.model.teacher, trust_remote_code=trust)
-        check_vocabularies(config.model.teacher, teacher.vocab_size, student.vocab_size)
+        check_vocabularies(f"model.teacher {config.model.teacher}", teacher.vocab_size, student.vocab_size)
     reward_rules(config)
     tokenizer = load_tokenizer(config.model.student, trust_remote_code=trust)
     data = read_training_data(config, tokenizer)
@@ -203,6 +213,7 @@ def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointS
             end_token_ids=tuple(end_token_ids(student.model, inputs.tokenizer)),
             pad_token_id=inputs.tokenizer.pad_token_id,
             ranks_in_step=ranks.world > 1,
+            keep_logprobs=config.policy.importance_cap is not None,
             trace=student.tracing if config.routing.replay == "rollout" and student.layers else None,
         ),
         tokenizer=inputs.tokenizer,
@@ -222,6 +233,7 @@ def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointS
     return joint.JointStage(
         student=student,
         teacher=teacher,
+        reference=load_reference(config, inputs.dtype, ranks.device),
         collector=collector,
         config=config,
         policy_options=policy_options(config),

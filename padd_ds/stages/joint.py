@@ -16,7 +16,14 @@ from padd_ds.engine.ranks import any_rank, sum_over_ranks
 from padd_ds.engine.student import Student
 from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import distillation_sum, distillation_temperature
-from padd_ds.losses.policy import POLICY_LOSSES, PolicyOptions, PolicyTerms, loss_count
+from padd_ds.losses.policy import (
+    POLICY_LOSSES,
+    PolicyOptions,
+    PolicyTerms,
+    importance_weights,
+    loss_count,
+    reference_kl_sum,
+)
 from padd_ds.losses.tokens import global_mean, token_logprobs
 from padd_ds.moe.balance import BalanceOptions, BalanceState, update_balance
 from padd_ds.moe.load import choice_flips, load_balance_sum
@@ -40,6 +47,8 @@ class OldPolicy:
     """What the student did before the updates of this rollout, for one micro-batch."""
 
     logprobs_BR: torch.Tensor
+    reference_logprobs_BR: torch.Tensor | None
+    """The reference model's; None where there is none."""
     scores_SE: list[torch.Tensor]
     """By layer, over all S = B * L positions."""
     selected_SK: list[torch.Tensor]
@@ -72,6 +81,8 @@ class JointStage:
     student: Student
     teacher: Any
     """Dense model, or None where there is no distillation."""
+    reference: Any
+    """Model that the policy is held to, or None where policy.kl_weight is 0."""
     collector: Collector
     config: RunConfig
     policy_options: PolicyOptions
@@ -145,10 +156,18 @@ class JointStage:
         layers = range(len(self.student.layers))
         old = OldPolicy(
             logprobs_BR=logprobs_BR,
+            reference_logprobs_BR=self._reference_logprobs(batch),
             scores_SE=[record.scores_SE[layer] for layer in layers],
             selected_SK=[record.selected_SK[layer] for layer in layers],
         )
         return MicroBatch(batch=batch, routing_seed=routing_seed, old=old)
+
+    def _reference_logprobs(self, batch: RolloutBatch) -> torch.Tensor | None:
+        if self.reference is None:
+            return None
+        n_response = batch.response_ids_BR.shape[1]
+        logits_BRV = response_logits(self.reference, batch.input_ids_BL, batch.attention_mask_BL, n_response)
+        return token_logprobs(logits_BRV, batch.response_ids_BR, self.config.rollout.temperature)
 
     def _forward(
         self, model: Any, batch: RolloutBatch, routing_seed: int
@@ -222,12 +241,17 @@ class JointStage:
         terms = POLICY_LOSSES[config.policy.objective](
             logprobs_BR,
             micro_batch.old.logprobs_BR,
-            batch.advantage_B,
+            self._advantages(micro_batch, sums),
             batch.response_mask_BR,
             shift_BR,
             self.policy_options,
         )
         loss_terms = {"policy": config.policy.weight * global_mean(terms.loss_sum, counts.policy, world)}
+        if micro_batch.old.reference_logprobs_BR is not None:
+            mask_BR, reference_BR = batch.response_mask_BR, micro_batch.old.reference_logprobs_BR
+            kl_sum = reference_kl_sum(logprobs_BR, reference_BR, mask_BR, self.policy_options)
+            loss_terms["reference"] = config.policy.kl_weight * global_mean(kl_sum, counts.policy, world)
+            sums.add("kl_reference_nats", kl_sum.detach(), loss_count(mask_BR, self.policy_options))
         kd_sum = torch.zeros((), device=logits_BRV.device)
         if config.kd_weight > 0:
             kd_sum = self._kd_sum(batch, logits_BRV, sums)
@@ -241,6 +265,17 @@ class JointStage:
         sums.add("router_shift", (shift_BR * batch.response_mask_BR).sum(), terms.tokens)
         self._add_flips(micro_batch, record, sums)
         return loss_terms, record
+
+    def _advantages(self, micro_batch: MicroBatch, sums: MetricSums) -> torch.Tensor:
+        """[B], or [B, R] where tokens are weighted for the rollout's own distribution."""
+        batch, cap = micro_batch.batch, self.config.policy.importance_cap
+        if cap is None:
+            return batch.advantage_B
+        assert batch.rollout_logprobs_BR is not None
+        old_BR, mask_BR = micro_batch.old.logprobs_BR, batch.response_mask_BR
+        weights_BR = importance_weights(old_BR, batch.rollout_logprobs_BR, mask_BR, cap)
+        sums.add("rollout_mismatch", (weights_BR - 1).abs().sum(), mask_BR.sum())
+        return batch.advantage_B[:, None] * weights_BR
 
     def _aux_sum(self, batch: RolloutBatch, record: RoutingRecord) -> torch.Tensor:
         """The auxiliary balancing loss, summed over real tokens, mean over layers; its gradient reaches the routers."""

@@ -84,6 +84,15 @@ def supervised_target(data: DataConfig, problem: Problem) -> str:
     return render_target(problem, target)
 
 
+def load_reference(config: RunConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    """The frozen model that the policy is held to, whole on every rank; None where nothing holds it."""
+    if not config.has_rollouts or config.policy.kl_weight == 0:
+        return None
+    source = config.model.reference or config.model.student
+    reference = load_causal_lm(source, dtype, trust_remote_code=config.model.trust_remote_code)
+    return reference.requires_grad_(False).to(device)
+
+
 def load_teacher(config: RunConfig, dtype: torch.dtype, device: torch.device) -> Any:
     """The frozen dense teacher on `device`."""
     assert config.model.teacher is not None
@@ -91,12 +100,12 @@ def load_teacher(config: RunConfig, dtype: torch.dtype, device: torch.device) ->
     return teacher.requires_grad_(False).to(device)
 
 
-def check_vocabularies(teacher: str, teacher_size: int, student_size: int) -> None:
-    """UserError unless teacher and student predict the same tokens."""
-    if teacher_size != student_size:
+def check_vocabularies(other: str, other_size: int, student_size: int) -> None:
+    """UserError unless another model, named for the user, and the student predict the same tokens."""
+    if other_size != student_size:
         raise UserError(
-            f"model.teacher {teacher} has a vocabulary of {teacher_size}, the student one of {student_size}; "
-            "distillation needs the same tokens on both sides"
+            f"{other} has a vocabulary of {other_size}, the student one of {student_size}; "
+            "both sides need the same tokens"
         )
 
 

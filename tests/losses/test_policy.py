@@ -10,8 +10,10 @@ from padd_ds.losses.policy import (
     PolicyOptions,
     grpo_sum,
     gspo_sum,
+    importance_weights,
     loss_count,
     pr_grpo_sum,
+    reference_kl_sum,
     rspo_sum,
 )
 
@@ -264,6 +266,49 @@ def test_without_advantage_there_is_no_loss_and_no_gradient(batch, name):
 def test_an_empty_batch_gives_zeros(batch, name):
     terms = POLICY_LOSSES[name](*batch[:3], torch.zeros(B, T), batch[4], OPTIONS)
     assert all(getattr(terms, field.name).item() == 0 for field in dataclasses.fields(terms))
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_weighted_tokens_are_advantages_of_their_own(batch, name):
+    new_BT, old_BT, advantage_B, mask_BT, shift_BT = batch
+    even_BT = advantage_B[:, None].expand(B, T)
+    terms = POLICY_LOSSES[name](new_BT, old_BT, even_BT, mask_BT, shift_BT, OPTIONS)
+    assert torch.equal(terms.loss_sum, POLICY_LOSSES[name](*batch, OPTIONS).loss_sum)
+    alone_BT = even_BT * (torch.arange(T) == 1)
+    _, gradient_BT = loss_and_gradient(POLICY_LOSSES[name], (new_BT, old_BT, alone_BT, mask_BT, shift_BT))
+    if name != "gspo":  # whose ratio belongs to all tokens
+        assert (gradient_BT[:, [0, 2, 3, 4]] == 0).all() and (gradient_BT[:, 1] != 0).any()
+
+
+def test_importance_weights_by_hand():
+    old_BT, rollout_BT = torch.log(torch.tensor([[0.5, 0.3, 0.9]])), torch.log(torch.tensor([[0.25, 0.6, 0.1]]))
+    weights_BT = importance_weights(old_BT.requires_grad_(), rollout_BT, torch.tensor([[1, 1, 0]]), cap=1.5)
+    torch.testing.assert_close(weights_BT, torch.tensor([[1.5, 0.5, 1.0]]))
+    assert not weights_BT.requires_grad
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_reference_kl_matches_plain_loops(batch, normalisation):
+    new_BT, reference_BT, _, mask_BT, _ = batch
+    options = dataclasses.replace(OPTIONS, normalisation=normalisation)
+    expected = 0.0
+    for b in range(B):
+        tokens = [t for t in range(T) if mask_BT[b, t]]
+        ratios = [math.exp(reference_BT[b, t].item() - new_BT[b, t].item()) for t in tokens]
+        divisor = {"token": 1, "response": max(len(tokens), 1), "constant": options.constant_tokens}[normalisation]
+        expected += sum(ratio - math.log(ratio) - 1 for ratio in ratios) / divisor
+    assert reference_kl_sum(new_BT, reference_BT, mask_BT, options).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_reference_kl_pulls_back_and_is_still_at_the_reference(batch):
+    new_BT, reference_BT, _, mask_BT, _ = batch
+    moved_BT = new_BT.clone().requires_grad_()
+    (gradient_BT,) = torch.autograd.grad(reference_kl_sum(moved_BT, reference_BT, mask_BT, OPTIONS), moved_BT)
+    real_BT = mask_BT.bool()
+    assert ((gradient_BT > 0) == (new_BT > reference_BT))[real_BT].all() and (gradient_BT[~real_BT] == 0).all()
+    still_BT = reference_BT.clone().requires_grad_()
+    loss = reference_kl_sum(still_BT, reference_BT, mask_BT, OPTIONS)
+    assert loss.item() == 0 and (torch.autograd.grad(loss, still_BT)[0] == 0).all()
 
 
 def test_every_response_counts_the_same_whatever_its_length():

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from padd_ds.engine.ranks import Ranks
+from padd_ds.hf import response_logits
+from padd_ds.losses.tokens import token_logprobs
 from padd_ds.rollout.batch import RolloutBatch, response_positions
 from padd_ds.rollout.generation import (
     HuggingFaceRollout,
@@ -38,6 +40,24 @@ def test_a_shared_prefill_changes_nothing() -> None:
     shared = engine.generate(PROMPTS, MASK, 2, greedy(True))
     assert torch.equal(apart.ids_BR, shared.ids_BR)
     assert torch.equal(apart.ids_BR[0::2], apart.ids_BR[1::2])
+
+
+@pytest.mark.parametrize("share_prefill", [True, False])
+def test_kept_logprobs_are_those_of_the_drawn_tokens(share_prefill: bool) -> None:
+    model, temperature = tiny_student(), 0.7
+    torch.manual_seed(0)
+    engine = HuggingFaceRollout(model=model, end_token_ids=END, pad_token_id=0, ranks_in_step=False, keep_logprobs=True)
+    sampling = Sampling(max_new_tokens=6, temperature=temperature, share_prefill=share_prefill)
+    responses = engine.generate(PROMPTS, MASK, 4, sampling)
+    ids_BT, mask_BT = PROMPTS.repeat_interleave(4, dim=0), MASK.repeat_interleave(4, dim=0)
+    mask_BL = torch.cat([mask_BT, responses.mask_BR.long()], dim=1)
+    with torch.no_grad():
+        logits_BRV = response_logits(model, torch.cat([ids_BT, responses.ids_BR], dim=1), mask_BL, 6)
+    expected_BR = token_logprobs(logits_BRV, responses.ids_BR, temperature)
+    assert responses.logprobs_BR is not None and responses.logprobs_BR.shape == responses.ids_BR.shape
+    torch.testing.assert_close(
+        responses.logprobs_BR[responses.mask_BR], expected_BR[responses.mask_BR], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_prompts_of_one_token_work() -> None:

@@ -76,6 +76,14 @@ def test_every_objective_trains() -> None:
     assert found["rspo"]["metrics"]["shift_penalty"] > 0 == found["grpo"]["metrics"]["shift_penalty"]
 
 
+def test_a_reference_holds_and_a_rollout_of_the_same_engine_needs_no_correction() -> None:
+    policy = {"updates_per_rollout": 2, "kl_weight": 0.5, "importance_cap": 2.0}
+    plain, held = run_ranks(one_step_each, 2, [{}, {"policy": policy, "log": {"gradients_every_steps": 1}}])[0]
+    assert held["metrics"]["kl_reference_nats"] > 0 and held["metrics"]["grad_norm_reference"] > 0
+    assert held["metrics"]["rollout_mismatch"] < 1e-5
+    assert "kl_reference_nats" not in plain["metrics"] and "rollout_mismatch" not in plain["metrics"]
+
+
 def test_replay_routes_as_the_old_policy_did() -> None:
     free, replayed = run_ranks(one_step_each, 2, [{}, {"routing": RoutingConfig(replay="old_policy")}])[0]
     assert free["metrics"]["router_flips"] > 0
