@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+SHIFT_EDGES = [10 ** (exponent / 4) for exponent in range(-32, 5)]
+"""From 1e-8 to 10, four to a power of ten: Gamma varies over orders of magnitude."""
+
 
 def router_distribution(scores_SE: Tensor, score_func: str) -> Tensor:
     """g, the router's distribution over experts, [S, E], rows summing to 1, float32 or better.
@@ -36,6 +39,15 @@ def router_shift(new_SE: Tensor, old_SE: Tensor, measure: str, selected_SK: Tens
             raise ValueError("measure 'selected' needs the experts that the old policy chose")
         return _selected_shift(new_SE, old_SE, selected_SK)
     return SHIFT_MEASURES[measure](new_SE, old_SE)
+
+
+def shift_counts(shift_S: Tensor, mask_S: Tensor) -> Tensor:
+    """How many unmasked tokens' shifts lie below SHIFT_EDGES[0], between two neighbours, or above, int64.
+
+    Sums over ranks and steps, from which the distribution function follows.
+    """
+    edges = torch.tensor(SHIFT_EDGES, dtype=shift_S.dtype, device=shift_S.device)
+    return torch.bincount(torch.bucketize(shift_S[mask_S.bool()], edges, right=True), minlength=len(SHIFT_EDGES) + 1)
 
 
 def mean_over_layers(shifts_S: Iterable[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from padd_ds.losses.tokens import global_mean, token_logprobs
 from padd_ds.moe.balance import BalanceOptions, BalanceState, update_balance
 from padd_ds.moe.load import choice_flips, load_balance_sum
 from padd_ds.moe.router import RoutingRecord
-from padd_ds.moe.shift import mean_over_layers, router_distribution, router_shift
+from padd_ds.moe.shift import SHIFT_EDGES, mean_over_layers, router_distribution, router_shift, shift_counts
 from padd_ds.rollout.batch import RolloutBatch, response_positions
 from padd_ds.rollout.collect import Collector
 from padd_ds.seeds import derive_seed
@@ -76,7 +76,7 @@ class Counts:
 
 @dataclass(kw_only=True)
 class JointStage:
-    """The parts that a joint step is made of; `balance` is its only state."""
+    """The parts that a joint step is made of; `balance` is all that it remembers between steps."""
 
     student: Student
     teacher: Any
@@ -92,6 +92,7 @@ class JointStage:
 
     def __post_init__(self) -> None:
         self.balance = BalanceState.start(self._biases())
+        self._shift_counts = torch.zeros(len(SHIFT_EDGES) + 1, dtype=torch.int64, device=self.student.ranks.device)
 
     def as_stage(self) -> Stage:
         return Stage(student=self.student, step=self.step, state=self.state, load_state=self.load_state)
@@ -104,6 +105,7 @@ class JointStage:
         collected_s = time.perf_counter()
         self.student.engine.train()
         sums, statistics = MetricSums(), RoutingStatistics.start(self.student)
+        self._shift_counts.zero_()
         with self.student.routing("routed", noise=self.config.routing.noise):
             updates = self._score(rollout.batch, step)
             scored_s = time.perf_counter()
@@ -116,13 +118,27 @@ class JointStage:
             sums.add(name, total, count)
         routing = statistics.report()
         metrics = sums.means(self.student.ranks) | routing.scalars | self.student.optimiser_metrics()
-        metrics |= {
-            "seconds_rollout": collected_s - started_s,
-            "seconds_scoring": scored_s - collected_s,
-            "seconds_update": updated_s - scored_s,
+        seconds = {
+            "rollout": collected_s - started_s,
+            "scoring": scored_s - collected_s,
+            "update": updated_s - scored_s,
         }
-        layers = routing.layers | ({"advantage_ema": self.balance.ema_LE.tolist()} if self.student.layers else {})
+        metrics |= {f"seconds_{phase}": phase_s for phase, phase_s in seconds.items()}
+        metrics |= self._throughput(rollout.batch, seconds)
+        layers = dict(routing.layers)
+        if self.student.layers:
+            layers["advantage_ema"] = self.balance.ema_LE.tolist()
+            layers["router_shift_edges"] = SHIFT_EDGES
+            layers["router_shift_counts"] = sum_over_ranks(self._shift_counts).tolist()
         return StepReport(metrics=metrics, routing=layers, samples=rollout.samples)
+
+    def _throughput(self, batch: RolloutBatch, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Tokens of all ranks per second and phase: drawn in the rollout, prompts included afterwards. Collective."""
+        drawn, seen = sum_over_ranks(
+            torch.stack([batch.response_mask_BR.sum(), batch.attention_mask_BL.sum()])
+        ).tolist()
+        tokens = {"rollout": drawn, "scoring": seen, "update": seen}
+        return {f"tokens_per_second_{phase}": count / seconds[phase] for phase, count in tokens.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
         return self.balance.to_tensors()
@@ -204,9 +220,10 @@ class JointStage:
             replayed = None if self.config.routing.replay == "off" else micro_batch.old.selected_SK
             with student.replaying(replayed):
                 if measured and index == 0:
-                    terms, _ = self._loss_terms(student.model, micro_batch, counts, MetricSums())
+                    terms, *_ = self._loss_terms(student.model, micro_batch, counts, MetricSums())
                     add_gradient_norms(terms, student, sums)
-                terms, record = self._loss_terms(student.engine, micro_batch, counts, sums)
+                terms, record, shift_BR = self._loss_terms(student.engine, micro_batch, counts, sums)
+                self._shift_counts += shift_counts(shift_BR.flatten(), micro_batch.batch.response_mask_BR.flatten())
                 self._count_routing(micro_batch.batch, record, (statistics, step_statistics))
                 loss = torch.stack(list(terms.values())).sum()
                 student.backward(loss)
@@ -233,8 +250,11 @@ class JointStage:
 
     def _loss_terms(
         self, model: Any, micro_batch: MicroBatch, counts: Counts, sums: MetricSums
-    ) -> tuple[dict[str, torch.Tensor], RoutingRecord]:
-        """The weighted terms of the loss, and what the routers did. `model`: the engine or the model in it."""
+    ) -> tuple[dict[str, torch.Tensor], RoutingRecord, torch.Tensor]:
+        """The weighted terms of the loss, what the routers did, and their shift [B, R].
+
+        `model`: the engine, or the model in it.
+        """
         batch, config, world = micro_batch.batch, self.config, self.student.ranks.world
         logprobs_BR, logits_BRV, record = self._forward(model, batch, micro_batch.routing_seed)
         shift_BR = self._shift(micro_batch, record)
@@ -264,7 +284,7 @@ class JointStage:
         sums.add("loss_kd", kd_sum, terms.tokens)
         sums.add("router_shift", (shift_BR * batch.response_mask_BR).sum(), terms.tokens)
         self._add_flips(micro_batch, record, sums)
-        return loss_terms, record
+        return loss_terms, record, shift_BR
 
     def _advantages(self, micro_batch: MicroBatch, sums: MetricSums) -> torch.Tensor:
         """[B], or [B, R] where tokens are weighted for the rollout's own distribution."""

@@ -36,6 +36,10 @@ class RoutingTotals:
     counts_LE: torch.Tensor
     value_sum_LE: torch.Tensor
     value_count_LE: torch.Tensor
+    above_LE: torch.Tensor
+    """Of the slots in value_count, those of tokens with a value above 0."""
+    below_LE: torch.Tensor
+    """The same below 0."""
     spread_L: torch.Tensor
     """Mean over forward passes of the layers' score spread."""
 
@@ -48,6 +52,8 @@ class RoutingStatistics:
     counts_LE: torch.Tensor
     value_sum_LE: torch.Tensor
     value_count_LE: torch.Tensor
+    above_LE: torch.Tensor
+    below_LE: torch.Tensor
     entropy_sum_L: torch.Tensor
     spread_sum_L: torch.Tensor
     tokens: torch.Tensor
@@ -56,7 +62,7 @@ class RoutingStatistics:
     @classmethod
     def start(cls, student: Student) -> "RoutingStatistics":
         shape, device = (len(student.layers), student.n_experts), student.ranks.device
-        per_expert = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)]
+        per_expert = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(5)]
         per_layer = [torch.zeros(shape[0], dtype=torch.float64, device=device) for _ in range(2)]
         scalars = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)]
         return cls(student, *per_expert, *per_layer, *scalars)
@@ -82,17 +88,18 @@ class RoutingStatistics:
                 values_S = values_BT.flatten()
                 self.value_sum_LE[layer] += expert_value_sums(selected_SK, values_S, counted_S, n_experts)
                 self.value_count_LE[layer] += expert_counts(selected_SK, counted_S, n_experts)
+                self.above_LE[layer] += expert_counts(selected_SK, counted_S & (values_S > 0), n_experts)
+                self.below_LE[layer] += expert_counts(selected_SK, counted_S & (values_S < 0), n_experts)
         self.tokens += mask_S.sum()
         self.passes += 1
 
     def totals(self) -> RoutingTotals:
         """The sums of all ranks; the same on each. Collective."""
-        counts_LE, value_sum_LE, value_count_LE = sum_over_ranks(
-            torch.stack([self.counts_LE, self.value_sum_LE, self.value_count_LE])
-        )
+        per_expert = [self.counts_LE, self.value_sum_LE, self.value_count_LE, self.above_LE, self.below_LE]
+        counts_LE, value_sum_LE, value_count_LE, above_LE, below_LE = sum_over_ranks(torch.stack(per_expert))
         per_layer = sum_over_ranks(torch.cat([self.spread_sum_L, self.passes[None]]))
         spread_L = per_layer[:-1] / per_layer[-1].clamp(min=1)
-        return RoutingTotals(counts_LE, value_sum_LE, value_count_LE, spread_L)
+        return RoutingTotals(counts_LE, value_sum_LE, value_count_LE, above_LE, below_LE, spread_L)
 
     def report(self) -> RoutingReport:
         """Load violation, dead experts and entropy, as means over layers and per layer; nothing without MoE layers.
@@ -119,4 +126,10 @@ class RoutingStatistics:
             "selection_bias": [r.e_score_correction_bias.tolist() for r in self.student.routers],
             "logit_bias": [r.logit_bias.tolist() for r in self.student.routers],
         }
+        if totals.value_count_LE.sum() > 0:
+            above_LE, below_LE = load_share(totals.above_LE), load_share(totals.below_LE)
+            both_L = (totals.above_LE.sum(-1) > 0) & (totals.below_LE.sum(-1) > 0)
+            distance_L = 0.5 * (above_LE - below_LE).abs().sum(-1) * both_L
+            scalars["load_reward_distance"] = float(distance_L.mean())
+            layers |= {"load_share_rewarded": above_LE.tolist(), "load_share_unrewarded": below_LE.tolist()}
         return RoutingReport(scalars, layers)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from padd_ds.moe.shift import mean_over_layers, router_distribution, router_shift
+from padd_ds.moe.shift import SHIFT_EDGES, mean_over_layers, router_distribution, router_shift, shift_counts
 
 S, E, K = 5, 6, 2
 MEASURES = ["absolute", "relative", "selected"]
@@ -105,3 +105,12 @@ def test_router_distribution_of_zero_scores_is_not_nan_and_bfloat16_is_widened()
 def test_an_unknown_score_function_is_refused(new_SE):
     with pytest.raises(ValueError, match="'tanh'"):
         router_distribution(new_SE, "tanh")
+
+
+def test_shift_counts_give_the_distribution_function():
+    shift_S = torch.cat([torch.zeros(3), 10 ** (-9 + 10 * torch.rand(500, generator=torch.Generator().manual_seed(0)))])
+    mask_S = torch.arange(len(shift_S)) % 5 != 0
+    counts = shift_counts(shift_S, mask_S)
+    assert counts.sum() == mask_S.sum() and len(counts) == len(SHIFT_EDGES) + 1
+    for edge, below in zip(SHIFT_EDGES, counts.cumsum(0), strict=False):
+        assert below == (shift_S[mask_S] < torch.tensor(edge)).sum()

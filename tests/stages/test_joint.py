@@ -31,7 +31,7 @@ def test_a_step_trains_and_gives_every_rank_the_same_bias() -> None:
     assert first["moved"] > 0 and second["moved"] > 0
     assert torch.equal(first["bias"], second["bias"]) and first["bias"].abs().max() > 0
     for mine, other in zip(first["metrics"], second["metrics"], strict=True):
-        shared = {name for name in mine if not name.startswith("seconds")}
+        shared = {name for name in mine if "second" not in name}
         assert {name: mine[name] for name in shared} == {name: other[name] for name in shared}
     assert first["metrics"][0]["ratio_deviation"] > 0
     assert first["metrics"][0]["router_shift"] > 0
@@ -82,6 +82,35 @@ def test_a_reference_holds_and_a_rollout_of_the_same_engine_needs_no_correction(
     assert held["metrics"]["kl_reference_nats"] > 0 and held["metrics"]["grad_norm_reference"] > 0
     assert held["metrics"]["rollout_mismatch"] < 1e-5
     assert "kl_reference_nats" not in plain["metrics"] and "rollout_mismatch" not in plain["metrics"]
+
+
+def reports(ranks: Ranks) -> list[Any]:
+    overrides = {"log": {"gradients_every_steps": 1}}
+    stage = make_joint_stage(ranks, joint_config(**overrides), 2, FixedChecker(lambda text, gold: len(text) % 2 == 0))
+    report = stage.step(0)
+    return [dict(report.metrics), dict(report.routing)]
+
+
+def test_a_step_tells_shares_by_reward_the_shifts_and_the_throughput() -> None:
+    (metrics, routing), (other_metrics, other_routing) = run_ranks(reports, 2)
+    assert other_routing == routing
+    for layer in range(2):
+        rewarded, unrewarded = routing["load_share_rewarded"][layer], routing["load_share_unrewarded"][layer]
+        assert sum(rewarded) == pytest.approx(1) and sum(unrewarded) == pytest.approx(1)
+    distance = [
+        sum(abs(a - b) for a, b in zip(rewarded, unrewarded, strict=True)) / 2
+        for rewarded, unrewarded in zip(routing["load_share_rewarded"], routing["load_share_unrewarded"], strict=True)
+    ]
+    assert metrics["load_reward_distance"] == pytest.approx(sum(distance) / 2) and metrics["load_reward_distance"] > 0
+    # Every response token once, although the last update was run twice to measure its gradients.
+    assert sum(routing["router_shift_counts"]) == pytest.approx(metrics["response_tokens"] * 8)
+    assert len(routing["router_shift_counts"]) == len(routing["router_shift_edges"]) + 1
+    for phase in ("rollout", "scoring", "update"):
+        tokens = metrics[f"tokens_per_second_{phase}"] * metrics[f"seconds_{phase}"]
+        assert tokens == pytest.approx(other_metrics[f"tokens_per_second_{phase}"] * other_metrics[f"seconds_{phase}"])
+    assert metrics["tokens_per_second_rollout"] * metrics["seconds_rollout"] == pytest.approx(
+        metrics["response_tokens"] * 8
+    )
 
 
 def test_replay_routes_as_the_old_policy_did() -> None:
