@@ -63,6 +63,8 @@ def measure(arguments: argparse.Namespace, teacher: Path, scratch: Path) -> dict
         "clustering_bound_s": flops / rate,
         "gemm_gflops": rate / 1e9,
         "peak_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
+        "student_off_fp32": figures["exactness"]["student_distance_to_fp32"],
+        "teacher_off_fp32": figures["exactness"]["teacher_rounding_error"],
         "checkpoint_gib": sum(path.stat().st_size for path in teacher.iterdir()) / 2**30,
     }
 
@@ -119,6 +121,8 @@ def report(measured: dict[str, float]) -> str:
         f"({measured['gemm_gflops']:.0f} GFLOP/s)",
         "padd-convert": f"{measured['convert_s']:.0f} s, {measured['convert_s'] / bound_s:.2f} times the two together",
     }
+    off = "{student_off_fp32:.2e}, the bf16 teacher's by {teacher_off_fp32:.2e}".format_map(measured)
+    rows["bf16 student's logits off the fp32 teacher's, relative"] = off
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
