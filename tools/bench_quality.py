@@ -47,6 +47,7 @@ ROWS = [
     Row("activations, --dense-layers 3", 8, 15, "--refit --dense-layers 3"),
     Row("activations, --replicate 2", 8, 16, "--refit --replicate 2"),
     Row("random", 2, 6, "--cluster random --refit"),
+    Row("weights", 2, 6, "--cluster weights --refit"),
 ]
 
 
