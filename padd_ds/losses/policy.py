@@ -79,81 +79,73 @@ def loss_count(mask_BT: Tensor, options: PolicyOptions) -> Tensor:
     return mask_BT.bool().sum() if options.normalisation == "token" else mask_BT.bool().any(-1).sum()
 
 
-def grpo_sum(
-    logprobs_BT: Tensor,
-    old_logprobs_BT: Tensor,
-    advantage_B: Tensor,
-    mask_BT: Tensor,
-    shift_BT: Tensor,
-    options: PolicyOptions,
-) -> PolicyTerms:
-    """-min(rho A, clip(rho) A), rho = pi / pi_old per token; the router shift is not looked at."""
-    mask_BT = mask_BT.bool()
-    log_ratio_BT = _masked_log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
-    penalty_BT = torch.zeros_like(log_ratio_BT)
-    return _clipped_terms(log_ratio_BT, log_ratio_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
+RatioRule = Callable[[Tensor, Tensor, Tensor, Tensor, PolicyOptions], tuple[Tensor, Tensor]]
+"""(log ratio [B, T], shift [B, T], advantage [B, 1 or T], mask [B, T], options) to (log of the ratio that is clipped,
+penalty), both [B, T]. Log ratio, shift and results are 0 in padding."""
 
 
-def gspo_sum(
-    logprobs_BT: Tensor,
-    old_logprobs_BT: Tensor,
-    advantage_B: Tensor,
-    mask_BT: Tensor,
-    shift_BT: Tensor,
-    options: PolicyOptions,
-) -> PolicyTerms:
-    """As grpo_sum with one ratio per response, the geometric mean of its tokens' (arXiv 2507.18071, eq. 5 and 7).
+def _grpo(
+    log_ratio_BT: Tensor, shift_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, options: PolicyOptions
+) -> tuple[Tensor, Tensor]:
+    """rho = pi / pi_old per token; the router shift is not looked at."""
+    return log_ratio_BT, torch.zeros_like(log_ratio_BT)
+
+
+def _gspo(
+    log_ratio_BT: Tensor, shift_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, options: PolicyOptions
+) -> tuple[Tensor, Tensor]:
+    """One ratio per response, the geometric mean of its tokens' (arXiv 2507.18071, eq. 5 and 7).
 
     Its clip range is narrower by orders of magnitude: CLIPS. A clipped response counts with all its tokens.
     """
-    mask_BT = mask_BT.bool()
-    log_ratio_BT = _masked_log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
     mean_B1 = log_ratio_BT.sum(-1, keepdim=True) / mask_BT.sum(-1, keepdim=True).clamp(min=1)
-    shared_BT = mean_B1.expand_as(log_ratio_BT).masked_fill(~mask_BT, 0.0)
-    penalty_BT = torch.zeros_like(log_ratio_BT)
-    return _clipped_terms(log_ratio_BT, shared_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
+    return mean_B1.expand_as(log_ratio_BT).masked_fill(~mask_BT, 0.0), torch.zeros_like(log_ratio_BT)
 
 
-def rspo_sum(
-    logprobs_BT: Tensor,
-    old_logprobs_BT: Tensor,
-    advantage_B: Tensor,
-    mask_BT: Tensor,
-    shift_BT: Tensor,
-    options: PolicyOptions,
-) -> PolicyTerms:
-    """As grpo_sum with rho * max(exp(-shift), shift_floor) in both branches, whatever the advantage (arXiv 2510.23027).
+def _rspo(
+    log_ratio_BT: Tensor, shift_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, options: PolicyOptions
+) -> tuple[Tensor, Tensor]:
+    """rho * max(exp(-shift), shift_floor), whatever the advantage (arXiv 2510.23027).
 
-    shift_BT, without gradient: mean of |log g - log g_old| over layers and the experts that the old policy chose.
+    The shift is the mean of |log g - log g_old| over layers and the experts that the old policy chose.
     Choice: the discount is put on GRPO's ratios per token; the paper also puts it on those of GMPO.
     """
-    mask_BT = mask_BT.bool()
-    log_ratio_BT = _masked_log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
-    shift_BT = _masked_shift(shift_BT, mask_BT, log_ratio_BT.dtype)
     largest = -math.log(options.shift_floor) if options.shift_floor else math.inf
     penalty_BT = shift_BT.clamp(max=largest)
-    return _clipped_terms(log_ratio_BT, log_ratio_BT - penalty_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
+    return log_ratio_BT - penalty_BT, penalty_BT
 
 
-def pr_grpo_sum(
-    logprobs_BT: Tensor,
-    old_logprobs_BT: Tensor,
-    advantage_B: Tensor,
-    mask_BT: Tensor,
-    shift_BT: Tensor,
-    options: PolicyOptions,
-) -> PolicyTerms:
-    """As grpo_sum with rho * exp(-lambda Gamma 1[A < 0]) in both branches (PADD, Stage III).
-
-    shift_BT is Gamma >= 0, no gradient: how far each token's routing moved since the rollout.
-    """
-    mask_BT = mask_BT.bool()
-    log_ratio_BT = _masked_log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
-    penalty_BT = options.shift_penalty * _masked_shift(shift_BT, mask_BT, log_ratio_BT.dtype)
-    discounted_BT = log_ratio_BT - penalty_BT * (_per_token(advantage_B.detach()) < 0)
-    return _clipped_terms(log_ratio_BT, discounted_BT, penalty_BT, advantage_B.detach(), mask_BT, options)
+def _pr_grpo(
+    log_ratio_BT: Tensor, shift_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, options: PolicyOptions
+) -> tuple[Tensor, Tensor]:
+    """rho * exp(-lambda Gamma 1[A < 0]) (PADD, Stage III); Gamma is the shift: how far a token's routing has moved."""
+    penalty_BT = options.shift_penalty * shift_BT
+    return log_ratio_BT - penalty_BT * (advantage_BT < 0), penalty_BT
 
 
+def _objective(rule: RatioRule) -> PolicyLoss:
+    """-min(rho A, clip(rho) A), with the ratios that `rule` makes of pi / pi_old."""
+
+    def policy_sum(
+        logprobs_BT: Tensor,
+        old_logprobs_BT: Tensor,
+        advantage: Tensor,
+        mask_BT: Tensor,
+        shift_BT: Tensor,
+        options: PolicyOptions,
+    ) -> PolicyTerms:
+        mask_BT = mask_BT.bool()
+        log_ratio_BT = _masked_log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
+        shift_BT = shift_BT.detach().to(log_ratio_BT.dtype).masked_fill(~mask_BT, 0.0)
+        advantage_BT = (advantage if advantage.dim() == 2 else advantage[:, None]).detach().to(log_ratio_BT.dtype)
+        used_log_BT, penalty_BT = rule(log_ratio_BT, shift_BT, advantage_BT, mask_BT, options)
+        return _clipped_terms(log_ratio_BT, used_log_BT, penalty_BT, advantage_BT, mask_BT, options)
+
+    policy_sum.__doc__ = f"{_objective.__doc__}\n\n{rule.__doc__}"
+    return policy_sum
+
+
+grpo_sum, gspo_sum, rspo_sum, pr_grpo_sum = map(_objective, (_grpo, _gspo, _rspo, _pr_grpo))
 POLICY_LOSSES: dict[str, PolicyLoss] = {
     "grpo": grpo_sum,
     "dr_grpo": grpo_sum,
@@ -185,14 +177,6 @@ def reference_kl_sum(
     return ((log_q_BT.exp() - log_q_BT - 1) * _token_weights(mask_BT, options, log_q_BT.dtype)).sum()
 
 
-def _per_token(advantage: Tensor) -> Tensor:
-    return advantage if advantage.dim() == 2 else advantage[:, None]
-
-
-def _masked_shift(shift_BT: Tensor, mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    return shift_BT.detach().to(dtype).masked_fill(~mask_BT, 0.0)
-
-
 def _masked_log_ratio(logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
     dtype = compute_dtype(logprobs_BT, old_logprobs_BT)
     difference_BT = logprobs_BT.to(dtype) - old_logprobs_BT.detach().to(dtype)
@@ -204,13 +188,12 @@ def _clipped_terms(
     log_ratio_BT: Tensor,
     used_log_BT: Tensor,
     penalty_BT: Tensor,
-    advantage_B: Tensor,
+    advantage_BT: Tensor,
     mask_BT: Tensor,
     options: PolicyOptions,
 ) -> PolicyTerms:
     """The clipped loss of the ratios exp(used_log), and diagnostics of log_ratio and penalty; all 0 in padding."""
     ratio_BT = used_log_BT.exp()
-    advantage_BT = _per_token(advantage_B).to(ratio_BT.dtype).masked_fill(~mask_BT, 0.0)
     free_BT = ratio_BT * advantage_BT
     clipped_BT = ratio_BT.clamp(1 - options.clip_low, 1 + options.clip_high) * advantage_BT
     weight_BT = _token_weights(mask_BT, options, ratio_BT.dtype)
