@@ -267,7 +267,7 @@ class LogConfig:
     """Steps between lines of routing/routing.jsonl (per layer and expert)."""
     gradients_every_steps: Annotated[int, Field(ge=0)] = 10
     """Steps between measurements of the gradient norm of every term of the loss alone, on the first micro-batch: one
-    more backward pass per term. 0: never."""
+    more forward pass, and a backward pass per term. 0: never."""
     tensorboard: bool = True
     """Write tensorboard event files."""
 
