@@ -168,5 +168,4 @@ def test_an_update_equals_loops_over_lone_responses_and_planted_bugs_do_not() ->
     assert found["load"] == expected["load"]
     for bug in POLICY_BUGS:
         assert result["planted"][bug.__name__]["policy"] != pytest.approx(expected["policy"], rel=1e-2), bug.__name__
-    assert result["planted"][loss_one_token_early.__name__]["kd"] != pytest.approx(expected["kd"], rel=1e-2)
     assert result["planted"][padding_counted_in_the_load.__name__]["load"] != expected["load"]
