@@ -17,7 +17,7 @@ from padd_ds.stages.joint import JointStage, MicroBatch
 from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums
 from tests.ranks import run_ranks
-from tests.world import FixedChecker, joint_config, make_joint_stage
+from tests.world import FixedChecker, joint_config, make_joint_stage, problems
 
 CLIP = 0.2
 
@@ -28,13 +28,24 @@ def prepared(ranks: Ranks) -> JointStage:
         distillation={"temperature_rule": "fixed", "weight": 0.5},
         rollout={"prompts": 4, "group_size": 4, "max_new_tokens": 6},
     )
-    return make_joint_stage(ranks, config, 1, FixedChecker(lambda text, gold: len(text) % 2 == 0))
+    stage = make_joint_stage(ranks, config, 1, FixedChecker(lambda text, gold: len(text) % 2 == 0))
+    longer = [dataclasses.replace(one, question="1+" * (row % 4) + one.question) for row, one in enumerate(problems())]
+    stage.collector = dataclasses.replace(stage.collector, problems=longer)
+    return stage
+
+
+def rollout(stage: JointStage) -> RolloutBatch:
+    """Prompts and responses of several lengths; an untrained model hardly ever ends one itself."""
+    batch = stage.collector.collect(0).batch
+    length_B = torch.arange(batch.n_responses) % batch.response_ids_BR.shape[1] + 1
+    shorter_BR = torch.arange(batch.response_ids_BR.shape[1]) < length_B[:, None]
+    return dataclasses.replace(batch, response_mask_BR=batch.response_mask_BR & shorter_BR)
 
 
 def of_the_stage(stage: JointStage, move: Callable[[], None]) -> dict[str, Any]:
     """Loss terms and load of one update, as the stage forms them, with weights that have moved since the scoring."""
     stage.student.engine.eval()
-    batch = stage.collector.collect(0).batch
+    batch = rollout(stage)
     micro_batches = stage._score(batch, 0)[0]
     move()
     counts = stage._counts([micro_batch.batch for micro_batch in micro_batches])
