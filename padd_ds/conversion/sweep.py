@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from padd_ds.conversion.block import Block, load_block
 from padd_ds.conversion.copies import reinitialise_copies
@@ -19,6 +20,7 @@ from padd_ds.conversion.layer import ConvertedLayer, Ffn, LayerInputs, convert_l
 from padd_ds.conversion.plan import CALIBRATION, EVALUATION, STUDENT, TEACHER, Plan
 from padd_ds.conversion.targets import LayerTargets
 from padd_ds.conversion.writer import moe_tensors, write_shard
+from padd_ds.errors import UserError
 from padd_ds.seeds import derive_seed
 
 Tensors = dict[str, torch.Tensor]
@@ -69,7 +71,7 @@ def convert_one(plan: Plan, layer: int, states: States, result: Path) -> Finishe
     with ThreadPoolExecutor(1) as pool:  # the disk works while the layer is proved
         written = pool.submit(_write_layer, plan, layer, tensors, result)
         error = _prove(plan, layer, states, teacher, stored, student, tensors)
-        written.result()
+        _check_written(written.result(), layer, tensors)
     facts = {"exactness_error": error, "quality": {name: asdict(one.quality) for name, one in converted.items()}}
     return FinishedLayer(targets=student.targets, facts=facts)
 
@@ -81,7 +83,7 @@ def _keep_dense(plan: Plan, layer: int, states: States, teacher: Block, stored: 
     for text in {CALIBRATION, EVALUATION} & plan.windows.keys():
         for variant in plan.variants:
             states[f"{text}/{variant}"] = block.forward(states[f"{text}/{variant}"])
-    _write_layer(plan, layer, tensors, result)
+    _check_written(_write_layer(plan, layer, tensors, result), layer, tensors)
     written = _student_block(plan, layer, tensors, plan.dtype)
     error = advance_probes(states, teacher, written, plan.dtype, layer)
     return FinishedLayer(targets=None, facts={"exactness_error": error, "quality": None})
@@ -154,9 +156,17 @@ def _cut(plan: Plan, stored: Tensors, converted: ConvertedLayer) -> Tensors:
     return {**copied, **dict(moe_tensors(ffn, members_NG, router.weight_ED.cpu(), router.bias_E.cpu()))}
 
 
-def _write_layer(plan: Plan, layer: int, tensors: Tensors, result: Path) -> None:
+def _check_written(path: Path, layer: int, tensors: Tensors) -> None:
+    """UserError unless the shard holds what is proved."""
+    with safe_open(path, framework="pt") as file:
+        for name, tensor in tensors.items():
+            if not torch.equal(file.get_tensor(f"model.layers.{layer}.{name}"), tensor):
+                raise UserError(f"{path}: layer {layer} does not hold the {name} that was written; check the disk")
+
+
+def _write_layer(plan: Plan, layer: int, tensors: Tensors, result: Path) -> Path:
     named = {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
-    write_shard(result, layer + 2, plan.n_shards, named)
+    return write_shard(result, layer + 2, plan.n_shards, named)
 
 
 def _prove(

@@ -130,7 +130,8 @@ def _take(lock: IO[str], output: Path) -> None:
 def _keep_or_empty(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     text = json.dumps(fingerprint, indent=2, sort_keys=True) + "\n"
     path = folder / FINGERPRINT
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
+    # Without a result the folder is what a kill left of a finished conversion, after the result had been moved.
+    if (folder / RESULT).is_dir() and path.is_file() and path.read_text(encoding="utf-8") == text:
         return
     for entry in folder.iterdir():
         if entry.is_dir():

@@ -40,8 +40,9 @@ def main(teacher: str, calibration: str, folder: str) -> None:
         # Within the time of a whole conversion, but short enough that several kills hit the same one.
         ended, _ = run_in_child(options, kill_after_s=dice.uniform(0, 0.6) * whole_s)
         killed += not ended
-        assert output.exists() == ended
-        if ended:
+        # A kill behind the renaming leaves a whole folder too.
+        assert output.exists() or not ended
+        if output.exists():
             resumed += 1
             assert contents(output) == expected
             output.rename(Path(folder) / f"after-{killed}")

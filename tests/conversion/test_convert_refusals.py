@@ -204,6 +204,23 @@ def test_too_little_disk_is_found_before_writing(refused: Callable[..., str], mo
 def test_wrong_student_names_the_first_differing_layer(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cut = sweep._cut
+
+    def spoiled(plan: Any, stored: Any, converted: Any) -> Any:
+        tensors = cut(plan, stored, converted)
+        spoiled.layer += 1
+        name = "mlp.shared_experts.down_proj.weight"
+        return {**tensors, name: tensors[name] + 1.0} if spoiled.layer > first else tensors
+
+    spoiled.layer = 0
+    first = 2  # the calibrated student's stream and the written layer each cut it once
+    monkeypatch.setattr(sweep, "_cut", spoiled)
+    assert "first differs from its teacher at layer 1" in refused()
+
+
+def test_a_shard_that_is_not_what_was_proved_is_refused(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = sweep.write_shard
 
     def spoiled(folder: Path, number: int, total: int, tensors: Any) -> Path:
@@ -213,7 +230,7 @@ def test_wrong_student_names_the_first_differing_layer(
         return write(folder, number, total, tensors)
 
     monkeypatch.setattr(sweep, "write_shard", spoiled)
-    assert "first differs from its teacher at layer 1" in refused()
+    assert "layer 1 does not hold the mlp.shared_experts.down_proj.weight that was written" in refused()
 
 
 def test_student_that_is_right_in_fp32_only(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

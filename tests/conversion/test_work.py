@@ -1,5 +1,6 @@
 """The work folder: resumed with the same fingerprint, emptied with another, gone after a refusal."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,15 @@ def test_file_that_is_being_written_has_another_name(tmp_path: Path, monkeypatch
     with pytest.raises(Killed):
         save_tensors(tmp_path / "shard.safetensors", {"a": torch.zeros(2)})
     assert not (tmp_path / "shard.safetensors").exists()
+
+
+def test_what_a_kill_behind_the_move_has_left_is_not_taken_up(tmp_path: Path) -> None:
+    left = tmp_path / ".student.partial"
+    with work_folder(tmp_path / "student", {"a": 1}) as work:
+        work.finish_layer(0, {"x": torch.ones(1)}, {}, {})
+        shutil.copytree(left, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "result")
+    (tmp_path / "copy").rename(left)
+    (tmp_path / "student").rename(tmp_path / "elsewhere")
+    with work_folder(tmp_path / "student", {"a": 1}) as work:
+        assert work.layers_done() == 0
