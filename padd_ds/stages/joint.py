@@ -30,9 +30,10 @@ from padd_ds.moe.load import choice_flips, load_balance_sum
 from padd_ds.moe.router import RoutingRecord
 from padd_ds.moe.shift import SHIFT_EDGES, mean_over_layers, router_distribution, router_shift, shift_counts
 from padd_ds.rollout.batch import RolloutBatch, response_positions
-from padd_ds.rollout.collect import Collector
+from padd_ds.rollout.collect import Collector, Rollout
 from padd_ds.seeds import derive_seed
 from padd_ds.stages.gradients import add_gradient_norms
+from padd_ds.stages.micro_batch import Counts, MicroBatch, OldPolicy, layer_routes
 from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
 
@@ -40,38 +41,6 @@ from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
 def is_trained(name: str, train_router: bool) -> bool:
     """Whether joint training changes the parameter of that name."""
     return train_router or not name.endswith(".mlp.gate.weight")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OldPolicy:
-    """What the student did before the updates of this rollout, for one micro-batch."""
-
-    logprobs_BR: torch.Tensor
-    reference_logprobs_BR: torch.Tensor | None
-    """The reference model's; None where there is none."""
-    scores_SE: list[torch.Tensor]
-    """By layer, over all S = B * L positions."""
-    selected_SK: list[torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """Responses that are trained on together, with the policy that made them."""
-
-    batch: RolloutBatch
-    routing_seed: int
-    old: OldPolicy
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Of an update, over all ranks and micro-batches."""
-
-    response_tokens: torch.Tensor
-    policy: torch.Tensor
-    """What the policy loss is a mean over."""
-    tokens: torch.Tensor
-    """Prompts included."""
 
 
 @dataclass(kw_only=True)
@@ -124,7 +93,7 @@ class JointStage:
             "update": updated_s - scored_s,
         }
         metrics |= {f"seconds_{phase}": phase_s for phase, phase_s in seconds.items()}
-        metrics |= self._throughput(rollout.batch, seconds)
+        metrics |= self._throughput(rollout, seconds)
         layers = dict(routing.layers)
         if self.student.layers:
             layers["advantage_ema"] = self.balance.ema_LE.tolist()
@@ -132,11 +101,10 @@ class JointStage:
             layers["router_shift_counts"] = sum_over_ranks(self._shift_counts).tolist()
         return StepReport(metrics=metrics, routing=layers, samples=rollout.samples)
 
-    def _throughput(self, batch: RolloutBatch, seconds: Mapping[str, float]) -> dict[str, float]:
+    def _throughput(self, rollout: Rollout, seconds: Mapping[str, float]) -> dict[str, float]:
         """Tokens of all ranks per second and phase: drawn in the rollout, prompts included afterwards. Collective."""
-        drawn, seen = sum_over_ranks(
-            torch.stack([batch.response_mask_BR.sum(), batch.attention_mask_BL.sum()])
-        ).tolist()
+        own = [rollout.metrics["response_tokens"][0], float(rollout.batch.attention_mask_BL.sum())]
+        drawn, seen = sum_over_ranks(torch.tensor(own, device=self.student.ranks.device)).tolist()
         tokens = {"rollout": drawn, "scoring": seen, "update": seen}
         return {f"tokens_per_second_{phase}": count / seconds[phase] for phase, count in tokens.items()}
 
@@ -167,7 +135,7 @@ class JointStage:
 
     @torch.no_grad()
     def _score_micro_batch(self, batch: RolloutBatch, routing_seed: int) -> MicroBatch:
-        with self.student.replaying(_routes(batch)):
+        with self.student.replaying(layer_routes(batch)):
             logprobs_BR, _, record = self._forward(self.student.engine, batch, routing_seed)
         layers = range(len(self.student.layers))
         old = OldPolicy(
@@ -401,13 +369,6 @@ class JointStage:
     @property
     def _bias_slot(self) -> str:
         return {"selection": "e_score_correction_bias", "logit": "logit_bias"}[self.config.balance.target]
-
-
-def _routes(batch: RolloutBatch) -> list[torch.Tensor] | None:
-    """The rollout's routes as one [S, K] per layer."""
-    if batch.routes_BLNK is None:
-        return None
-    return [routes_BLK.flatten(0, 1).long() for routes_BLK in batch.routes_BLNK.unbind(dim=2)]
 
 
 def _add_policy_metrics(sums: MetricSums, terms: PolicyTerms, n_policy: torch.Tensor) -> None:
