@@ -27,6 +27,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text.add_argument("--perplexity", type=Path, metavar="TEXTFILE", help="plain text to measure it on")
     text.add_argument("--window", type=int, default=256, help="tokens per window (default %(default)s)")
     text.add_argument("--max-windows", type=int, help="windows to use (default: all)")
+    routing = parser.add_argument_group("routing of a student")
+    routing.add_argument(
+        "--routing",
+        action="store_true",
+        help="load, NMI and ESI by subject on the problems' solutions (needs --solution-field)",
+    )
+    routing.add_argument("--routing-before", metavar="DIR", help="checkpoint to measure the router's shift from")
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=int, default=32, help="problems at once (default %(default)s)")
     run.add_argument("--dtype", choices=DTYPE_NAMES, help="default: float32 on cpu, bfloat16 elsewhere")
@@ -92,6 +99,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--data-dir goes with --benchmark; a file of your own is named by --data")
     if args.samples and not (args.benchmark or args.data):
         raise UserError("--samples goes with --benchmark or --data")
+    if args.routing and not args.solution_field:
+        raise UserError("--routing follows worked solutions; name their field by --solution-field")
+    if args.routing_before and not args.routing:
+        raise UserError("--routing-before goes with --routing")
     if args.chat and not args.template:
         raise UserError("--chat goes with --template")
     for name in ("limit", "max_windows", "window", "batch_size", "max_new_tokens", "check_workers", "samples"):
@@ -146,10 +157,14 @@ def run(
     from padd_ds.evaluation.generate import GenerationOptions
     from padd_ds.evaluation.perplexity import perplexity, solution_perplexity
     from padd_ds.evaluation.results import Measured, table, write_result
+    from padd_ds.evaluation.routing import find_routers, measure_routing
     from padd_ds.evaluation.scoring import EvaluationOptions, evaluate_problems
+    from padd_ds.hf import load_causal_lm
 
     torch.manual_seed(args.seed)
     model, tokenizer = _load(args)
+    if args.routing:
+        find_routers(model)
     template = template or resolve_template("chat-boxed" if tokenizer.chat_template else "boxed")
     generation = GenerationOptions(
         max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, stop=tuple(args.stop)
@@ -174,6 +189,10 @@ def run(
         prompts = [render(template, problem, tokenizer) for problem in problems]
         solutions = [problem.solution or "" for problem in problems]
         measured.solution_perplexity = solution_perplexity(model, tokenizer, prompts, solutions)
+        if args.routing:
+            before = load_causal_lm(args.routing_before, model.dtype).to(model.device) if args.routing_before else None
+            subjects = [problem.subject for problem in problems]
+            measured.routing = measure_routing(model, tokenizer, prompts, solutions, subjects, before)
     write_result(args.output, _settings(args, template, answer_format, model), measured)
     print(f"{args.model}\n{table(measured)}\nwritten to {args.output}")
 

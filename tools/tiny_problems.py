@@ -1,4 +1,4 @@
-"""Generated arithmetic problems in seven subjects, small enough for a language model of a million parameters.
+"""Generated arithmetic problems in seven subjects and three levels, for a language model of a million parameters.
 
 A question is a short line such as `47 plus 85?`; a solution is worked digit by digit, or bare, and ends
 in `#` and the answer: `7+5=12,4+8+1=13#132` or `#132`. A learner that has seen both styles can gain by
@@ -18,7 +18,9 @@ from padd_ds.files import write_text_whole
 
 ANSWER_PATTERN = r"#(-?\d+)$"
 STYLES = ("bare", "worked")
-TEST_SHARE = 0.25
+LEVELS = (1, 2, 3)
+SPLITS = {"test": 0.25, "validation": 0.1, "train": 0.65}
+"""Shares of all questions; a question's hash decides to which it belongs."""
 _DRAWS_WITHOUT_NEWS = 5000
 
 
@@ -30,6 +32,8 @@ class Problem:
     solution: str
     answer: str
     subject: str
+    level: int
+    """One of LEVELS: how large its numbers are."""
     style: str
 
 
@@ -42,8 +46,9 @@ class _Sketch:
     answer: int
 
 
-def _addition(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(10, 89), rng.randint(2, 9)
+def _addition(rng: random.Random, level: int) -> _Sketch:
+    left = rng.randint(*{1: (10, 89), 2: (10, 99), 3: (100, 999)}[level])
+    right = rng.randint(*{1: (2, 9), 2: (10, 99), 3: (10, 999)}[level])
     steps, carry = [], 0
     for a, b in _columns(left, right):
         total = a + b + carry
@@ -52,8 +57,9 @@ def _addition(rng: random.Random) -> _Sketch:
     return _Sketch(question=f"{left} plus {right}?", working=",".join(steps), answer=left + right)
 
 
-def _subtraction(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(20, 99), rng.randint(2, 9)
+def _subtraction(rng: random.Random, level: int) -> _Sketch:
+    left = rng.randint(*{1: (20, 99), 2: (20, 99), 3: (100, 999)}[level])
+    right = rng.randint(*{1: (2, 9), 2: (10, left), 3: (10, left)}[level])
     steps, borrow = [], 0
     for a, b in _columns(left, right):
         lent = 10 if a - b - borrow < 0 else 0
@@ -62,8 +68,9 @@ def _subtraction(rng: random.Random) -> _Sketch:
     return _Sketch(question=f"{left} minus {right}?", working=",".join(steps), answer=left - right)
 
 
-def _multiplication(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(10, 99), rng.randint(2, 5)
+def _multiplication(rng: random.Random, level: int) -> _Sketch:
+    left = rng.randint(*{1: (10, 99), 2: (10, 99), 3: (100, 999)}[level])
+    right = rng.randint(*{1: (2, 5), 2: (3, 9), 3: (2, 9)}[level])
     steps, carry = [], 0
     for digit in reversed(_digits(left)):
         total = digit * right + carry
@@ -72,8 +79,9 @@ def _multiplication(rng: random.Random) -> _Sketch:
     return _Sketch(question=f"{left} times {right}?", working=",".join(steps), answer=left * right)
 
 
-def _modulo(rng: random.Random) -> _Sketch:
-    left, right = rng.randint(10, 99), rng.randint(2, 5)
+def _modulo(rng: random.Random, level: int) -> _Sketch:
+    left = rng.randint(*{1: (10, 99), 2: (10, 299), 3: (100, 999)}[level])
+    right = rng.randint(*{1: (2, 5), 2: (3, 9), 3: (6, 12)}[level])
     steps, rest = [], 0
     for digit in _digits(left):
         partial = 10 * rest + digit
@@ -82,9 +90,10 @@ def _modulo(rng: random.Random) -> _Sketch:
     return _Sketch(question=f"{left} mod {right}?", working=",".join(steps), answer=left % right)
 
 
-def _gcd(rng: random.Random) -> _Sketch:
-    common = rng.randint(1, 9)
-    left, right = (common * rng.randint(1, 40 // common) for _ in range(2))
+def _gcd(rng: random.Random, level: int) -> _Sketch:
+    largest_common, largest = {1: (9, 40), 2: (9, 70), 3: (12, 99)}[level]
+    common = rng.randint(1, largest_common)
+    left, right = (common * rng.randint(1, largest // common) for _ in range(2))
     steps, (a, b) = [], (left, right)
     while b:
         a, b = b, a % b
@@ -92,25 +101,29 @@ def _gcd(rng: random.Random) -> _Sketch:
     return _Sketch(question=f"gcd {left} {right}?", working=",".join(steps), answer=math.gcd(left, right))
 
 
-def _linear_equation(rng: random.Random) -> _Sketch:
-    slope, root = rng.randint(2, 4), rng.randint(1, 9)
-    adds = slope * root < 10 or rng.random() < 0.5
-    shift = rng.randint(1, 9)
+def _linear_equation(rng: random.Random, level: int) -> _Sketch:
+    slope = rng.randint(*{1: (2, 4), 2: (2, 7), 3: (3, 9)}[level])
+    root = rng.randint(*{1: (1, 9), 2: (2, 12), 3: (5, 19)}[level])
+    largest_shift = {1: 9, 2: 15, 3: 30}[level]
+    adds = slope * root <= largest_shift or rng.random() < 0.5
+    shift = rng.randint(1, largest_shift)
     value = slope * root + (shift if adds else -shift)
     working = f"{value}{'-' if adds else '+'}{shift}={slope * root},{slope * root}/{slope}={root}"
     question = f"solve {slope}x {'plus' if adds else 'minus'} {shift} is {value}?"
     return _Sketch(question=question, working=working, answer=root)
 
 
-def _quadratic_sequence(rng: random.Random) -> _Sketch:
-    bend, slope, start = rng.randint(1, 2), rng.randint(0, 5), rng.randint(1, 30)
+def _quadratic_sequence(rng: random.Random, level: int) -> _Sketch:
+    bend = rng.randint(*{1: (1, 2), 2: (1, 4), 3: (2, 7)}[level])
+    slope = rng.randint(0, {1: 5, 2: 9, 3: 15}[level])
+    start = rng.randint(1, {1: 30, 2: 60, 3: 99}[level])
     terms = [start + slope * n + bend * n * (n - 1) // 2 for n in range(5)]
     first, second, third, last = (b - a for a, b in pairwise(terms))
     working = f"{first},{second},{third}+{bend}={last},{terms[3]}+{last}={terms[4]}"
     return _Sketch(question=f"next {' '.join(map(str, terms[:4]))}?", working=working, answer=terms[4])
 
 
-SUBJECTS: dict[str, Callable[[random.Random], _Sketch]] = {
+SUBJECTS: dict[str, Callable[[random.Random, int], _Sketch]] = {
     "addition": _addition,
     "subtraction": _subtraction,
     "multiplication": _multiplication,
@@ -121,18 +134,21 @@ SUBJECTS: dict[str, Callable[[random.Random], _Sketch]] = {
 }
 
 
-def problem_stream(split: str, seed: int, bare_share: float = 0.15) -> Iterator[Problem]:
-    """Problems without end, the subjects in turn; a question may come again.
+def problem_stream(
+    split: str, seed: int, bare_share: float = 0.15, levels: tuple[int, ...] = (1,)
+) -> Iterator[Problem]:
+    """Problems without end, the subjects in turn and the levels drawn; a question may come again.
 
-    `split` is `train` or `test`; the two share no question, since a hash of the question decides which
-    one it belongs to. `bare_share` is the share of solutions that give the answer only.
+    `split` is one of SPLITS; they share no question, since a hash of the question decides to which one it
+    belongs. `bare_share` is the share of solutions that give the answer only.
     """
     rng = random.Random(f"{split} {seed}")
     for index in count():
         subject = list(SUBJECTS)[index % len(SUBJECTS)]
-        sketch = SUBJECTS[subject](rng)
+        level = rng.choice(levels)
+        sketch = SUBJECTS[subject](rng, level)
         while _split_of(sketch.question) != split:
-            sketch = SUBJECTS[subject](rng)
+            sketch = SUBJECTS[subject](rng, level)
         style = "bare" if rng.random() < bare_share else "worked"
         working = "" if style == "bare" else sketch.working
         answer = str(sketch.answer)
@@ -141,11 +157,14 @@ def problem_stream(split: str, seed: int, bare_share: float = 0.15) -> Iterator[
             solution=f"{working}#{answer}",
             answer=answer,
             subject=subject,
+            level=level,
             style=style,
         )
 
 
-def distinct_problems(split: str, count_per_subject: int, seed: int, bare_share: float = 0.15) -> list[Problem]:
+def distinct_problems(
+    split: str, count_per_subject: int, seed: int, bare_share: float = 0.15, levels: tuple[int, ...] = (1,)
+) -> list[Problem]:
     """Up to `count_per_subject` problems of every subject, no question twice, subjects mixed.
 
     A subject with a smaller space of questions gives all that it has.
@@ -153,7 +172,7 @@ def distinct_problems(split: str, count_per_subject: int, seed: int, bare_share:
     found: dict[str, Problem] = {}
     room = dict.fromkeys(SUBJECTS, count_per_subject)
     draws_without_news = 0
-    for problem in problem_stream(split, seed, bare_share):
+    for problem in problem_stream(split, seed, bare_share, levels):
         if not any(room.values()) or draws_without_news == _DRAWS_WITHOUT_NEWS:
             break
         draws_without_news += 1
@@ -176,7 +195,10 @@ def take(stream: Iterator[Problem], number: int) -> list[Problem]:
 
 def _split_of(question: str) -> str:
     digest = hashlib.sha256(f"tiny split {question}".encode()).digest()
-    return "test" if int.from_bytes(digest[:4], "big") < TEST_SHARE * 2**32 else "train"
+    place = int.from_bytes(digest[:4], "big") / 2**32
+    if place < SPLITS["test"]:
+        return "test"
+    return "validation" if place < SPLITS["test"] + SPLITS["validation"] else "train"
 
 
 def _digits(number: int) -> list[int]:

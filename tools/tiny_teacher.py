@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
 from tools.tiny_problems import (
     ANSWER_PATTERN,
+    LEVELS,
+    SPLITS,
     Problem,
     distinct_problems,
     problem_stream,
@@ -57,6 +59,7 @@ class TrainingOptions:
     peak_lr: float = 4e-3
     weight_decay: float = 0.01
     bare_share: float = 0.15
+    levels: tuple[int, ...] = (1,)
     bucket_batches: int = 16
 
     def __post_init__(self) -> None:
@@ -75,7 +78,7 @@ def bucketed_batches(
     tokenizer: PreTrainedTokenizerFast, options: TrainingOptions, rank: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (tokens_BT, labels_BT), padded on the right; labels only on the response and its end token."""
-    stream = problem_stream("train", options.seed + RANK_STRIDE * rank, options.bare_share)
+    stream = problem_stream("train", options.seed + RANK_STRIDE * rank, options.bare_share, options.levels)
     generator = torch.Generator().manual_seed(options.seed + RANK_STRIDE * rank)
     while True:
         problems = take(stream, options.batch_size * options.bucket_batches)
@@ -232,7 +235,7 @@ def _parse() -> argparse.Namespace:
         epilog="example: torchrun --nproc_per_node 2 tools/tiny_teacher.py --output teacher --data-output data",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the teacher")
-    parser.add_argument("--data-output", type=Path, required=True, help="for train.jsonl, test.jsonl")
+    parser.add_argument("--data-output", type=Path, required=True, help="for train, validation and test.jsonl")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="training time (default 2)")
     length.add_argument("--steps", type=int, help="training steps, for a result that a seed repeats")
@@ -246,8 +249,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=TrainingOptions.batch_size)
     parser.add_argument("--peak-lr", type=float, default=TrainingOptions.peak_lr)
     parser.add_argument("--bare-share", type=float, default=TrainingOptions.bare_share)
+    parser.add_argument(
+        "--levels", type=int, nargs="+", choices=LEVELS, default=[1], help="levels of difficulty (default 1)"
+    )
     parser.add_argument("--train-problems", type=int, default=1000, help="at most, per subject (default 1000)")
     parser.add_argument("--test-problems", type=int, default=100, help="at most, per subject (default 100)")
+    parser.add_argument("--validation-problems", type=int, default=50, help="at most, per subject (default 50)")
     parser.add_argument("--evaluate", action="store_true", help="print Pass@1 on the test problems")
     parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args()
@@ -262,6 +269,7 @@ def _options(args: argparse.Namespace) -> TrainingOptions:
         batch_size=args.batch_size,
         peak_lr=args.peak_lr,
         bare_share=args.bare_share,
+        levels=tuple(args.levels),
     )
 
 
@@ -272,8 +280,12 @@ def main() -> None:
     check_output_free(args.output, args.overwrite)
     check_output_free(args.data_output, args.overwrite)
     torch.set_num_threads(args.threads)
-    training = distinct_problems("train", args.train_problems, args.seed, args.bare_share)
-    test = distinct_problems("test", args.test_problems, args.seed, args.bare_share)
+    splits = {
+        split: distinct_problems(split, count, args.seed, args.bare_share, options.levels)
+        for split, count in zip(
+            SPLITS, (args.test_problems, args.validation_problems, args.train_problems), strict=True
+        )
+    }
     model = make_tiny_model(
         hidden_size=args.hidden_size,
         layers=args.layers,
@@ -286,16 +298,17 @@ def main() -> None:
     if launched()[0] != 0:
         return
     if args.evaluate:
-        result["pass_at_1"] = _print_table(evaluate(model, test))
+        result["pass_at_1"] = _print_table(evaluate(model, splits["test"]))
     with (
         staged_directory(args.output, args.overwrite) as teacher,
         staged_directory(args.data_output, args.overwrite) as data,
     ):
         save_teacher(teacher, model)
         write_text_whole(teacher / "tiny_teacher.json", json.dumps(result, indent=2) + "\n")
-        write_problems(data / "train.jsonl", training)
-        write_problems(data / "test.jsonl", test)
-    print(f"teacher: {args.output}; {len(training)} training and {len(test)} test problems: {args.data_output}")
+        for split, problems in splits.items():
+            write_problems(data / f"{split}.jsonl", problems)
+    counts = ", ".join(f"{len(problems)} {split}" for split, problems in splits.items())
+    print(f"teacher: {args.output}; problems ({counts}): {args.data_output}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from padd_ds.evaluation.perplexity import Perplexity
+from padd_ds.evaluation.routing import RoutingResult
 from padd_ds.evaluation.scoring import EvaluationResult
 from padd_ds.files import write_text_whole
 
@@ -24,6 +25,8 @@ class Measured:
     """Of sampled responses."""
     perplexity: Perplexity | None = None
     solution_perplexity: Perplexity | None = None
+    routing: RoutingResult | None = None
+    """On the problems' solutions."""
 
 
 def write_result(path: Path, settings: dict[str, Any], measured: Measured) -> None:
@@ -45,6 +48,7 @@ def headline(measured: Measured) -> dict[str, Any]:
         "samples": _scores(measured.samples),
         "perplexity": _plain(measured.perplexity),
         "solution_perplexity": _plain(measured.solution_perplexity),
+        "routing": None if measured.routing is None else asdict(measured.routing),
     }
 
 
@@ -83,6 +87,12 @@ def table(measured: Measured) -> str:
         rows.append(("perplexity", f"{text.value:.3f} ({spans})"))
     if (solutions := measured.solution_perplexity) is not None:
         rows.append(("of solutions", f"perplexity {solutions.value:.3f} ({solutions.tokens} tokens predicted)"))
+    if (routing := measured.routing) is not None:
+        labels = "" if routing.nmi is None else f", NMI {routing.nmi:.4f}, ESI {routing.esi_nats:.4f} nats"
+        moved = (
+            "" if routing.shift is None else f", shift {routing.shift:.3g}, flips {100 * (routing.flips or 0):.1f} %"
+        )
+        rows.append(("routing", f"load violation {routing.max_violation:.3f}{labels}{moved}"))
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

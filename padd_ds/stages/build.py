@@ -58,9 +58,11 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     tree = load_deepspeed_json(json_path)
     trust = config.model.trust_remote_code
     student = read_config(config.model.student, trust_remote_code=trust)
-    if config.stage == "teacher_grpo":
-        if not is_dense(student):
-            raise UserError(f"{config.model.student}: has experts, but stage teacher_grpo trains a dense model")
+    if config.stage == "teacher_grpo" and not is_dense(student):
+        raise UserError(f"{config.model.student}: has experts, but stage teacher_grpo trains a dense model")
+    if config.stage == "warmup" and is_dense(student) and config.warmup.init_weight > 0:
+        raise UserError(f"{config.model.student}: has no experts to hold to clusters; set warmup.init_weight=0")
+    if config.stage != "joint" and is_dense(student):
         check_parallelism(json_path, tree, world_size, None)
     else:
         expert_parallel_keys(student)
@@ -131,7 +133,7 @@ def _student(inputs: Inputs, ranks: Ranks) -> Student:
 
     def trainable(name: str) -> bool:
         if config.stage == "warmup":
-            return warmup.is_trained(name, config.warmup.train_shared_experts)
+            return warmup.is_trained(name, config.warmup.train_shared_experts, is_dense(model.config))
         return joint.is_trained(name, config.routing.train_router)
 
     return build_student(

@@ -1,5 +1,7 @@
 """Stage I b: the experts learn from text, from the teacher and from the clusters; the router stays frozen.
 
+A dense model, as a baseline, learns with its whole FFNs, from text and the teacher.
+
 Legend: B sequences, T tokens, R tokens of the longest target, S tokens of a layer, E experts, F expert width,
 D model width, V vocabulary.
 """
@@ -30,8 +32,10 @@ from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
 
 
-def is_trained(name: str, train_shared_experts: bool) -> bool:
-    """Whether the warm-up trains the parameter of that name: the experts', and nothing else."""
+def is_trained(name: str, train_shared_experts: bool, dense: bool = False) -> bool:
+    """Whether the warm-up trains the parameter of that name: the experts', or a dense model's FFNs, nothing else."""
+    if dense:
+        return ".mlp." in name
     return ".mlp.experts." in name or (train_shared_experts and ".mlp.shared_experts." in name)
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from tools.tiny_problems import (
     ANSWER_PATTERN,
+    LEVELS,
+    SPLITS,
     SUBJECTS,
     Problem,
     distinct_problems,
@@ -70,27 +72,38 @@ def apply(left: int, operator: str, right: int) -> int:
 
 
 def test_every_answer_is_right_and_ends_its_solution():
-    for split in ("train", "test"):
-        for problem in take(problem_stream(split, 0), 1400):
+    for split in SPLITS:
+        for problem in take(problem_stream(split, 0, levels=LEVELS), 4200):
             assert int(problem.answer) == solve(problem), problem
             assert re.search(ANSWER_PATTERN, problem.solution)[1] == problem.answer
             assert problem.solution.count("#") == 1
 
 
 def test_worked_solutions_hold_step_by_step():
-    worked = [problem for problem in take(problem_stream("train", 1), 2800) if problem.style == "worked"]
+    worked = [problem for problem in take(problem_stream("train", 1, levels=LEVELS), 8400) if problem.style == "worked"]
     assert all(working_holds(problem) for problem in worked)
     assert len({problem.subject for problem in worked}) == len(SUBJECTS)
 
 
 def test_solutions_are_short():
-    assert max(len(problem.solution) for problem in take(problem_stream("train", 2), 7000)) < 40
+    assert max(len(problem.solution) for problem in take(problem_stream("train", 2, levels=LEVELS), 21000)) < 47
 
 
-def test_no_question_is_in_both_splits():
-    train = {problem.question for problem in take(problem_stream("train", 0), 20000)}
-    test = {problem.question for problem in take(problem_stream("test", 0), 5000)}
-    assert not train & test
+def test_no_question_is_in_two_splits():
+    found = {split: {p.question for p in take(problem_stream(split, 0, levels=LEVELS), 9000)} for split in SPLITS}
+    assert sum(map(len, found.values())) == len(set.union(*found.values()))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_levels_are_those_asked_for_and_grow(level: int):
+    def largest(problem: Problem) -> int:
+        return max(int(number) for number in re.findall(r"\d+", problem.question))
+
+    problems = take(problem_stream("train", 0, levels=(level,)), 1400)
+    assert {problem.level for problem in problems} == {level}
+    if level > 1:
+        lower = take(problem_stream("train", 0, levels=(level - 1,)), 1400)
+        assert sum(map(largest, problems)) > 1.2 * sum(map(largest, lower))
 
 
 def test_questions_stay_apart_when_only_words_and_digits_are_kept():
@@ -127,13 +140,18 @@ def test_every_subject_gives_the_number_of_distinct_problems_asked_for(split: st
 def test_a_small_subject_gives_all_that_it_has():
     problems = distinct_problems("train", 10_000, seed=0)
     modulo = {problem.question for problem in problems if problem.subject == "modulo"}
-    other = {problem.question for problem in distinct_problems("test", 10_000, seed=0) if problem.subject == "modulo"}
+    other = {
+        problem.question
+        for split in ("test", "validation")
+        for problem in distinct_problems(split, 10_000, seed=0)
+        if problem.subject == "modulo"
+    }
     assert modulo | other == {f"{left} mod {right}?" for left in range(10, 100) for right in range(2, 6)}
 
 
 def test_subjects_draw_from_the_generator_alone():
     for sketch in SUBJECTS.values():
-        assert sketch(random.Random(5)) == sketch(random.Random(5))
+        assert sketch(random.Random(5), 3) == sketch(random.Random(5), 3)
 
 
 def test_written_rows_read_back(tmp_path: Path):

@@ -1,0 +1,77 @@
+"""What is kept of a cell: its figures, every verdict, and the curves of its training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tools.experiment.cell import Cell
+
+CURVES = (
+    "reward_correct",
+    "reward",
+    "loss_lm",
+    "loss_kd",
+    "response_tokens",
+    "response_truncated",
+    "groups_without_spread",
+    "router_shift",
+    "router_flips",
+    "ratio_deviation",
+    "clip_fraction",
+    "load_max_violation",
+    "load_dead_experts",
+    "load_reward_distance",
+    "router_entropy_nats",
+    "grad_norm",
+)
+PHASES = ("seconds_rollout", "seconds_scoring", "seconds_update")
+
+
+def cell_result(cell: Cell, here: Path, *, commit: str, seconds: float) -> dict[str, Any]:
+    """The result of a cell whose commands have all run in `here`."""
+    evaluation = json.loads((here / "eval.json").read_text(encoding="utf-8"))
+    headline, steps = evaluation["headline"], read_metrics(here / "run" / "metrics.jsonl")
+    summary = f"Pass@1 {100 * headline['problems']['pass_at_1']:.1f}"
+    if headline["samples"]:
+        summary += f", sampled {100 * headline['samples']['pass_at_1']:.1f}"
+    return {
+        "cell": cell.name,
+        **cell.facts,
+        "summary": summary,
+        "commit": commit,
+        "fingerprint": cell.fingerprint(),
+        "commands": [list(command) for command in cell.commands],
+        "seconds": round(seconds, 1),
+        "seconds_by_phase": {name: round(sum(step.get(name, 0.0) for step in steps), 1) for name in PHASES},
+        "headline": rounded(headline),
+        "greedy": "".join(str(int(response["correct"])) for response in evaluation["responses"]),
+        "sampled": counts_by_problem(evaluation),
+        "curves": {name: [rounded(step[name]) for step in steps] for name in CURVES if steps and name in steps[0]},
+    }
+
+
+def counts_by_problem(evaluation: dict[str, Any]) -> list[int]:
+    """Right ones among the sampled responses to each problem."""
+    verdicts = [int(response["correct"]) for response in evaluation["sampled_responses"]]
+    if not verdicts:
+        return []
+    samples = len(verdicts) // len(evaluation["responses"])
+    return [sum(verdicts[start : start + samples]) for start in range(0, len(verdicts), samples)]
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics; none where nothing was trained."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to five significant digits, in lists and dictionaries too."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    return value

@@ -1,0 +1,141 @@
+"""Runs cells side by side, each command a process tree of its own; what is done is not done again."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from padd_ds.errors import UserError
+from padd_ds.files import staged_directory, write_text_whole
+from tools.experiment.cell import Cell
+from tools.experiment.result import cell_result
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+@dataclass(kw_only=True)
+class Runner:
+    """Makes cells under `work` and writes their results under `results`."""
+
+    work: Path
+    results: Path
+    jobs: int
+    commit: str
+    _running: set[subprocess.Popen] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stopped: bool = False
+
+    def run(self, cells: list[Cell]) -> None:
+        """Run `cells`, given in an order in which each follows what it needs; UserError for the first that fails."""
+        todo = self.todo(cells)
+        done = {cell.name for cell in cells} - {cell.name for cell in todo}
+        say(f"{len(cells)} cells, {len(cells) - len(todo)} of them done")
+        started_s, finished, running = time.monotonic(), 0, dict[Future, Cell]()
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                while todo or running:
+                    for cell in [c for c in todo if set(c.needs) <= done][: self.jobs - len(running)]:
+                        todo.remove(cell)
+                        running[pool.submit(self._run_cell, cell)] = cell
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        cell = running.pop(future)
+                        summary = future.result()
+                        done.add(cell.name)
+                        finished += 1
+                        left_s = (time.monotonic() - started_s) / finished * (len(todo) + len(running))
+                        say(f"{cell.name}: {summary} | {len(todo) + len(running)} left, about {left_s / 60:.0f} min")
+            except BaseException:
+                self._stop()
+                raise
+
+    def todo(self, cells: list[Cell]) -> list[Cell]:
+        """Cells without a result, and those whose model another one still needs and that is not there any more."""
+        todo: dict[str, Cell] = {}
+        for cell in reversed(cells):
+            needed = any(cell.name in other.needs for other in todo.values())
+            if not self._has_result(cell) or (needed and not self._has_model(cell)):
+                todo[cell.name] = cell
+        return list(reversed(todo.values()))
+
+    def _has_result(self, cell: Cell) -> bool:
+        path = self.results / f"{cell.name}.json"
+        return path.exists() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] == cell.fingerprint()
+
+    def _has_model(self, cell: Cell) -> bool:
+        made = self.work / cell.name / "fingerprint"
+        return made.exists() and made.read_text(encoding="utf-8") == cell.fingerprint()
+
+    def _run_cell(self, cell: Cell) -> str:
+        folder = self.work / cell.name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        started_s = time.monotonic()
+        with staged_directory(folder, overwrite=True) as here:
+            with (here / "log.txt").open("w", encoding="utf-8") as log:
+                for command in cell.commands:
+                    self._run_command(fill(command, self.work, here), log, folder)
+            # All that resuming a run would need, and nothing that a result is read from.
+            shutil.rmtree(here / "run" / "checkpoints", ignore_errors=True)
+            result = cell_result(cell, here, commit=self.commit, seconds=time.monotonic() - started_s)
+            (here / "fingerprint").write_text(cell.fingerprint(), encoding="utf-8")
+        path = self.results / f"{cell.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_whole(path, json.dumps(result, indent=1) + "\n")
+        return f"{result['summary']}, {result['seconds']:.0f} s"
+
+    def _run_command(self, command: list[str], log: Any, folder: Path) -> None:
+        log.write(f"== {shlex.join(command)}\n")
+        log.flush()
+        with self._lock:
+            if self._stopped:
+                raise UserError("stopped")
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            self._running.add(process)
+        code = process.wait()
+        with self._lock:
+            self._running.discard(process)
+            stopped = self._stopped
+        if code != 0 and not stopped:
+            kept = folder.with_name(f"{folder.name}.failed.txt")
+            shutil.copyfile(log.name, kept)
+            raise UserError(f"{shlex.join(command)} ended with exit code {code}; its output is in {kept}")
+
+    def _stop(self) -> None:
+        """End the process trees that still run."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                os.killpg(process.pid, signal.SIGTERM)
+
+
+def fill(command: tuple[str, ...], work: Path, here: Path) -> list[str]:
+    """The command with its folders, and `python` and the padd- commands as this environment's."""
+    words = [word.replace("{work}", str(work)).replace("{here}", str(here)) for word in command]
+    return [str(BIN / words[0]), *words[1:]]
+
+
+def environment() -> dict[str, str]:
+    """One thread per process: two of them side by side are faster than one of two threads."""
+    return os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+    }
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,66 @@
+"""The experiment: teachers, students, baselines, ablations and controls, then docs/results.md from their results.
+
+Each cell is kept when it is done, so the same command goes on after an interruption. `make repro` runs all of it,
+`make repro-quick` the main rows of one seed at a smaller scale.
+"""
+
+import argparse
+import fnmatch
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Lets the tool run by its path, where only its own folder is importable.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from padd_ds.errors import UserError, run_cli
+from tools.experiment.cell import with_needs
+from tools.experiment.page import write_page
+from tools.experiment.plan import SCALES, all_cells
+from tools.experiment.runner import ROOT, Runner
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=sorted(SCALES), default="full", help="how much of it (default %(default)s)")
+    parser.add_argument("--work", type=Path, help="folder for models and logs (default: repro/SCALE)")
+    parser.add_argument("--results", type=Path, help="folder for the results (default: results/SCALE)")
+    parser.add_argument("--page", type=Path, help="page to write (default: docs/results.md, or beside the results)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at once, a thread each")
+    parser.add_argument("--only", metavar="PATTERN", help="cells whose name matches, such as 'seed0/half/*'")
+    parser.add_argument("--list", action="store_true", help="name the cells, run nothing")
+    parser.add_argument("--page-only", action="store_true", help="write the page from the results that are there")
+    arguments = parser.parse_args()
+    cells = {cell.name: cell for cell in all_cells(SCALES[arguments.scale])}
+    wanted = [cell for cell in cells.values() if fnmatch.fnmatch(cell.name, arguments.only or "*")]
+    if not wanted:
+        raise UserError(f"--only {arguments.only}: no cell has such a name; --list names them")
+    if arguments.list:
+        print("\n".join(cell.name for cell in wanted))
+        return
+    work = (arguments.work or ROOT / "repro" / arguments.scale).resolve()
+    results = (arguments.results or ROOT / "results" / arguments.scale).resolve()
+    if not arguments.page_only:
+        runner = Runner(work=work, results=results, jobs=arguments.jobs, commit=commit())
+        runner.run(with_needs(wanted, cells))
+    default_page = ROOT / "docs" / "results.md" if arguments.scale == "full" else results / "results.md"
+    page = arguments.page or default_page
+    write_page(page, results, list(cells.values()), SCALES[arguments.scale])
+    print(f"{page}, from {results}")
+
+
+def commit() -> str:
+    """The commit that runs, with a plus where files differ from it."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    run_cli(main)
