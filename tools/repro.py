@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from padd_ds.errors import UserError, run_cli
 from tools.experiment.cell import with_needs
 from tools.experiment.page import write_page
-from tools.experiment.plan import SCALES, all_cells
+from tools.experiment.plan import all_cells
 from tools.experiment.runner import ROOT, Runner
+from tools.experiment.settings import SCALES
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
         runner.run(with_needs(wanted, cells))
     default_page = ROOT / "docs" / "results.md" if arguments.scale == "full" else results / "results.md"
     page = arguments.page or default_page
-    write_page(page, results, list(cells.values()), SCALES[arguments.scale])
+    write_page(page, results, list(cells.values()), SCALES[arguments.scale], arguments.scale)
     print(f"{page}, from {results}")
 
 

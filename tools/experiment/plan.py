@@ -1,71 +1,13 @@
-"""Which cells the experiment has: teachers, students, methods, ablations, controls.
-
-Every number that a cell is trained with stands here or in ds_configs/runs/repro_*.yaml.
-"""
+"""The cells of the experiment, from its settings."""
 
 from dataclasses import dataclass
 
 from tools.experiment.cell import Cell
+from tools.experiment.settings import ABLATIONS, CHOICES, METHODS, SHAPES, STUDENTS, Scale
 
 EVALUATION = ["--pattern", r"#(-?\d+)$", "--answer-format", "pattern", "--template", "plain"]
 EVALUATION += ["--subject-field", "subject", "--solution-field", "solution", "--max-new-tokens", "48"]
 EVALUATION += ["--batch-size", "350", "--samples", "4"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A student's shape: how the teacher is cut, and the width of a dense model of the same active size."""
-
-    title: str
-    convert: tuple[str, ...]
-    dense_width: int
-
-
-SHAPES = {
-    "half": Shape(
-        title="half of the teacher's FFN active",
-        convert=("--experts", "16", "--shared-experts", "2", "--top-k", "6"),
-        dense_width=256,
-    ),
-    "three-quarters": Shape(
-        title="three quarters of the teacher's FFN active",
-        convert=("--experts", "16", "--shared-experts", "2", "--top-k", "10"),
-        dense_width=384,
-    ),
-    "twice": Shape(
-        title="as much active as the teacher has, routed experts doubled",
-        convert=("--experts", "16", "--shared-experts", "2", "--top-k", "14", "--replicate", "2"),
-        dense_width=512,
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """How long everything is trained."""
-
-    teacher: tuple[str, ...] = (
-        *("--hidden-size", "128", "--layers", "4", "--ffn-size", "512", "--heads", "4", "--kv-heads", "2"),
-        *("--batch-size", "32", "--bare-share", "0.3", "--levels", "1", "2", "3", "--peak-lr", "4e-3"),
-    )
-    teacher_steps: int = 4000
-    teacher_rollouts: int = 100
-    warmup_steps: int = 150
-    joint_rollouts: int = 60
-    calibration_tokens: int = 16384
-    train_problems: int = 1200
-    validation_problems: int = 150
-    test_problems: int = 200
-
-
-GRPO = ("policy.objective=grpo", "distillation.weight=0", "balance.kind=loss_free")
-METHODS: dict[str, tuple[str, ...]] = {
-    "vanilla-grpo": GRPO,
-    "gspo": (*GRPO, "policy.objective=gspo"),
-    "rspo": (*GRPO, "policy.objective=rspo"),
-    "online-kd": ("policy.objective=grpo", "distillation.temperature_rule=fixed", "balance.kind=loss_free"),
-    "padd": (),
-}
 
 
 def model_of(cell: str) -> str:
@@ -78,14 +20,11 @@ def data_of(seed: int, split: str) -> str:
     return f"{{work}}/seed{seed}/teacher-sft/data/{split}.jsonl"
 
 
-LEARNING_RATES: dict[str, tuple[str, ...]] = {"dense-grpo": ()}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The cells of one scale, judged on one split."""
 
-    scale: Scale = Scale()
+    scale: Scale
     split: str = "test"
     samples: str = "4"
 
@@ -110,8 +49,8 @@ class Plan:
     def teacher_sft(self, seed: int) -> Cell:
         scale = self.scale
         make = ("python", "tools/tiny_teacher.py", "--output", "{here}/model", "--data-output", "{here}/data")
-        counts = ("--train-problems", str(scale.train_problems), "--test-problems", str(scale.test_problems))
-        counts += ("--validation-problems", str(scale.validation_problems), "--steps", str(scale.teacher_steps))
+        counts = [f"--train-problems={scale.train_problems}", f"--test-problems={scale.test_problems}"]
+        counts += [f"--validation-problems={scale.validation_problems}", f"--steps={scale.teacher_steps}"]
         here_data = tuple(word.replace(f"{{work}}/seed{seed}/teacher-sft", "{here}") for word in self.evaluate(seed))
         return Cell(
             name=f"seed{seed}/teacher-sft",
@@ -131,9 +70,9 @@ class Plan:
 
     def converted(self, seed: int, shape: str, name: str = "converted", *options: str) -> Cell:
         words = ("padd-convert", "--teacher", model_of(f"seed{seed}/teacher"), "--output", "{here}/model")
-        data = ("--calibration", data_of(seed, "train"), "--calibration-part", "A")
-        data += ("--calibration-field", "question,solution")
-        data += ("--calibration-tokens", str(self.scale.calibration_tokens), "--seed", str(seed))
+        data = ["--calibration", data_of(seed, "train"), "--calibration-part", "A"]
+        data += ["--calibration-field", "question,solution", "--seed", str(seed)]
+        data += ["--calibration-tokens", str(self.scale.calibration_tokens)]
         return Cell(
             name=f"seed{seed}/{shape}/{name}",
             commands=((*words, *SHAPES[shape].convert, *data, *options), self.evaluate(seed, "--routing")),
@@ -167,8 +106,8 @@ class Plan:
 
     def narrowed(self, seed: int, shape: str) -> Cell:
         """The dense model of the student's active size, cut from the same teacher."""
-        words = ("python", "tools/narrow_dense.py", "--teacher", model_of(f"seed{seed}/teacher"))
-        words += ("--output", "{here}/model", "--keep", str(SHAPES[shape].dense_width))
+        words = ["python", "tools/narrow_dense.py", "--teacher", model_of(f"seed{seed}/teacher")]
+        words += ["--output", "{here}/model", "--keep", str(SHAPES[shape].dense_width)]
         return Cell(
             name=f"seed{seed}/{shape}/dense/narrowed",
             commands=((*words, "--calibration", data_of(seed, "train")), self.evaluate(seed)),
@@ -188,7 +127,7 @@ class Plan:
 
     def dense_grpo(self, seed: int, shape: str) -> Cell:
         before = f"seed{seed}/{shape}/dense/warmed-up"
-        fixed = (f"steps={self.scale.joint_rollouts}", *LEARNING_RATES["dense-grpo"])
+        fixed = (f"steps={self.scale.joint_rollouts}",)
         commands = self.train("teacher_grpo", seed, model_of(before), *fixed)
         return Cell(
             name=f"seed{seed}/{shape}/dense/grpo",
@@ -196,3 +135,33 @@ class Plan:
             needs=(f"seed{seed}/teacher-sft", before),
             facts={"kind": "joint", "method": "dense-grpo", "seed": seed, "shape": shape},
         )
+
+    def main_table(self, seed: int, shape: str) -> list[Cell]:
+        """Teachers, untrained and warmed-up students, the dense baseline, and all methods."""
+        models = [self.teacher_sft(seed), self.teacher(seed), self.converted(seed, shape), self.warmed_up(seed, shape)]
+        dense = [self.narrowed(seed, shape), self.dense_warmed_up(seed, shape), self.dense_grpo(seed, shape)]
+        return models + dense + [self.joint(seed, shape, name, options) for name, options in METHODS.items()]
+
+    def parts(self, seed: int, shape: str) -> list[Cell]:
+        """Ablations, Choices and other students."""
+        padd = METHODS["padd"]
+        cells = [self.joint(seed, shape, name, (*padd, *more)) for name, more in (ABLATIONS | CHOICES).items()]
+        random = ("--cluster", "random", "--router", "random")
+        cells.append(self.converted(seed, shape, "without-i/converted", *random))
+        cells.append(self.joint(seed, shape, "without-i", padd, start="without-i/converted"))
+        for name, (options, overrides) in STUDENTS.items():
+            start = "converted"
+            if options:
+                start = f"{name}/converted"
+                cells.append(self.converted(seed, shape, start, *options))
+            cells.append(self.warmed_up(seed, shape, f"{name}/warmed-up", start, *overrides))
+            cells.append(self.joint(seed, shape, name, padd, start=f"{name}/warmed-up"))
+        return cells
+
+
+def all_cells(scale: Scale) -> list[Cell]:
+    """Every cell of a scale, each once, the main table first."""
+    plan = Plan(scale=scale)
+    cells = [cell for seed in scale.seeds for shape in scale.shapes for cell in plan.main_table(seed, shape)]
+    cells += [cell for seed in scale.part_seeds for cell in plan.parts(seed, scale.shapes[0])]
+    return list({cell.name: cell for cell in cells}.values())

@@ -1,0 +1,172 @@
+"""The experiment's runner, statistics and page."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+
+from padd_ds.config.load import load_run_config
+from padd_ds.errors import UserError
+from tools.experiment.cell import Cell, with_needs
+from tools.experiment.page import write_page
+from tools.experiment.plan import all_cells
+from tools.experiment.runner import Runner
+from tools.experiment.settings import SCALES
+from tools.experiment.statistics import over_seeds, paired_over_questions, pooled
+
+SCRIPT = """
+import json, pathlib, sys
+here, name, read = sys.argv[1:]
+if read:
+    assert (pathlib.Path(read) / "model").is_dir()
+(pathlib.Path(here) / "model").mkdir()
+responses = [{"correct": name == "b" or row % 2 == 0} for row in range(4)]
+problems = {"pass_at_1": sum(r["correct"] for r in responses) / 4}
+headline = {"problems": problems, "samples": None, "routing": None}
+document = {"headline": headline, "responses": responses, "sampled_responses": []}
+(pathlib.Path(here) / "eval.json").write_text(json.dumps(document))
+"""
+
+
+def made_up_cell(name: str, *needs: str) -> Cell:
+    read = f"{{work}}/{needs[0]}" if needs else ""
+    command = ("python", "-c", SCRIPT, "{here}", name, read)
+    return Cell(name=name, commands=(command,), needs=needs, facts={"kind": name, "seed": 0})
+
+
+def runner(folder: Path) -> Runner:
+    return Runner(work=folder / "work", results=folder / "results", jobs=2, commit="abc")
+
+
+@pytest.fixture
+def cells() -> list[Cell]:
+    return [made_up_cell("a"), made_up_cell("b", "a"), made_up_cell("c", "b")]
+
+
+def test_cells_follow_what_they_need_and_leave_results(cells, tmp_path):
+    runner(tmp_path).run(cells)
+    result = json.loads((tmp_path / "results" / "b.json").read_text())
+    assert (result["greedy"], result["summary"], result["commit"]) == ("1111", "Pass@1 100.0", "abc")
+    assert json.loads((tmp_path / "results" / "a.json").read_text())["greedy"] == "1010"
+
+
+def test_what_is_done_is_not_done_again(cells, tmp_path):
+    runner(tmp_path).run(cells)
+    assert runner(tmp_path).todo(cells) == []
+    (tmp_path / "results" / "c.json").unlink()
+    assert runner(tmp_path).todo(cells) == [cells[2]]
+
+
+def test_a_lost_model_is_made_again_only_where_it_is_needed(cells, tmp_path):
+    runner(tmp_path).run(cells)
+    (tmp_path / "work" / "b" / "fingerprint").unlink()
+    assert runner(tmp_path).todo(cells) == []
+    (tmp_path / "results" / "c.json").unlink()
+    assert runner(tmp_path).todo(cells) == cells[1:]
+
+
+def test_a_cell_that_is_defined_anew_runs_again(cells, tmp_path):
+    runner(tmp_path).run(cells)
+    changed = replace(cells[2], commands=(*cells[2].commands, ("python", "-c", "pass")))
+    assert runner(tmp_path).todo([*cells[:2], changed]) == [changed]
+
+
+def test_a_failing_command_is_named_and_leaves_no_cell(cells, tmp_path):
+    broken = replace(cells[1], commands=(("python", "-c", "print('what went wrong'); raise SystemExit(3)"),))
+    with pytest.raises(UserError, match=r"exit code 3; its output is in .*b\.failed\.txt"):
+        runner(tmp_path).run([cells[0], broken, cells[2]])
+    assert "what went wrong" in (tmp_path / "work" / "b.failed.txt").read_text()
+    assert not (tmp_path / "work" / "b").exists() and not (tmp_path / "results" / "b.json").exists()
+    assert (tmp_path / "results" / "a.json").exists()
+
+
+def test_needs_come_first_and_once(cells):
+    by_name = {cell.name: cell for cell in cells}
+    assert with_needs([cells[2], cells[1]], by_name) == cells
+
+
+@pytest.mark.parametrize("name", sorted(SCALES))
+def test_every_cell_is_named_once_after_what_it_needs(name):
+    seen: set[str] = set()
+    for cell in all_cells(SCALES[name]):
+        assert cell.name not in seen
+        assert set(cell.needs) <= seen, cell.name
+        seen.add(cell.name)
+
+
+def test_every_training_is_a_configuration_that_loads(repository):
+    for cell in all_cells(SCALES["full"]):
+        for command in cell.commands:
+            if "padd_ds/train.py" in command:
+                filled = [word.replace("{here}", "here").replace("{work}", "work") for word in command]
+                words = filled[filled.index("--config") + 1 :]
+                load_run_config(repository / words[0], words[1:])
+
+
+def test_pooled_is_the_mean_of_seeds_with_the_error_of_questions():
+    seeds = [[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]]
+    estimate = pooled(seeds)
+    error = math.sqrt(sum(stdev(one) ** 2 / 4 for one in seeds)) / 2
+    assert estimate.mean == 0.5
+    assert estimate.high - estimate.mean == pytest.approx(1.959964 * error, rel=1e-6)
+
+
+def test_over_seeds_is_students_t():
+    # 2.776 is the 97.5 % quantile of t with 4 degrees of freedom.
+    values = [1.0, 2.0, 3.0, 4.0, 5.0]
+    estimate = over_seeds(values)
+    assert (estimate.mean, estimate.low) == (3.0, pytest.approx(3 - 2.776445 * stdev(values) / math.sqrt(5), rel=1e-6))
+    assert over_seeds([2.0]).low == -math.inf
+
+
+def test_paired_questions_see_a_small_steady_difference():
+    right = [[float((row * 7) % 10 < 5) for row in range(200)]]
+    left = [[max(value, float(row % 20 == 1)) for row, value in enumerate(right[0])]]
+    estimate = paired_over_questions(left, right)
+    assert estimate.mean == pytest.approx(fmean(left[0]) - fmean(right[0]))
+    assert estimate.low > 0 and estimate.p_value < 0.01
+    assert pooled(left).low < pooled(right).high
+
+
+def made_up_result(cell: Cell, greedy: str) -> dict:
+    routing = {"shift": 0.01, "nmi": 0.02, "esi_nats": 0.03, "max_violation": 0.4}
+    samples = {"pass_at_1": 0.5}
+    return {
+        "cell": cell.name,
+        **cell.facts,
+        "commit": "abc",
+        "fingerprint": cell.fingerprint(),
+        "commands": [list(command) for command in cell.commands],
+        "seconds": 60.0,
+        "headline": {"problems": {"pass_at_1": 0.5}, "samples": samples, "routing": routing},
+        "greedy": greedy,
+        "sampled": [],
+        "curves": {"reward_correct": [0.1, 0.2, 0.3], "load_max_violation": [0.4, 0.3, 0.2]},
+    }
+
+
+def test_the_page_has_every_row_its_figures_and_its_commands(tmp_path):
+    cells = all_cells(SCALES["full"])
+    for cell in cells:
+        path = tmp_path / "results" / f"{cell.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        greedy = "1110" if cell.facts.get("method") == "padd" else "1010"
+        path.write_text(json.dumps(made_up_result(cell, greedy)))
+    write_page(tmp_path / "page.md", tmp_path / "results", cells, SCALES["full"])
+    text = (tmp_path / "page.md").read_text()
+    assert f"{len(cells)} of {len(cells)} cells are there" in text.replace("\n", " ")
+    for title in ("Teacher (GRPO)", "Dense-GRPO", "RSPO", "w/o I:", "sign-literal", "random-clusters"):
+        assert title in text
+    assert "| **PADD** | 0, 1, 2, 3, 4 | 75.0 (" in text and "+25.0 (" in text
+    for figure in (tmp_path / "page").iterdir():
+        assert f"(page/{figure.name})" in text
+    assert len(list((tmp_path / "page").iterdir())) == 9
+
+
+def test_a_page_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no result"):
+        write_page(tmp_path / "page.md", tmp_path / "results", all_cells(SCALES["full"]), SCALES["full"])
+    assert not (tmp_path / "page.md").exists()

@@ -1,0 +1,83 @@
+"""What a PADD step costs over one of vanilla GRPO, part by part, in one process.
+
+The same student, prompts and seed under each variant; steps are taken in turn, and the medians compared.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+# Lets the tool run by its path, where only its own folder is importable.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from padd_ds.config.load import load_run_config
+from padd_ds.engine.ranks import start_ranks, stop_ranks
+from padd_ds.errors import run_cli
+from padd_ds.stages.build import open_stage, read_inputs
+from padd_ds.train import quiet_libraries
+
+PHASES = ("rollout", "scoring", "update")
+VANILLA = ["policy.objective=grpo", "distillation.weight=0", "balance.kind=loss_free"]
+VARIANTS = {
+    "vanilla GRPO": VANILLA,
+    "+ PR-GRPO (III)": [*VANILLA, "policy.objective=pr_grpo"],
+    "+ reward-augmented balance (IV)": ["distillation.weight=0"],
+    "+ distillation (II): PADD": [],
+}
+"""Each with all parts of those before it. The router's shift is telemetry of all of them."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--student", required=True, type=Path, help="warmed-up student")
+    parser.add_argument("--teacher", required=True, type=Path, help="its dense teacher")
+    parser.add_argument("--data", required=True, type=Path, help="problems (JSONL)")
+    parser.add_argument("--config", type=Path, default=Path("ds_configs/runs/repro_joint.yaml"))
+    parser.add_argument("--steps", type=int, default=8, help="of every variant, one more first (default %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all variants")
+    arguments = parser.parse_args()
+    ranks = start_ranks()
+    quiet_libraries()
+    # So small a rate that all variants draw responses of the same lengths.
+    same = [f"model.student={arguments.student}", f"model.teacher={arguments.teacher}"]
+    same += [f"data.source={arguments.data}", "optimizer.learning_rate=1e-9", "log.gradients_every_steps=0"]
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        stages = {}
+        for name, options in VARIANTS.items():
+            overrides = [f"run_dir={scratch}/run", *same, *options, *arguments.overrides]
+            config = load_run_config(arguments.config, overrides)
+            stages[name] = stack.enter_context(open_stage(read_inputs(config, ranks.world), ranks))
+        for step in range(arguments.steps + 1):
+            for name, stage in stages.items():
+                metrics = stage.step(step).metrics
+                if step > 0:
+                    seconds[name].append({phase: metrics[f"seconds_{phase}"] for phase in PHASES})
+    stop_ranks()
+    if ranks.is_main:
+        print(table(seconds))
+
+
+def table(seconds: dict[str, list[dict[str, float]]]) -> str:
+    """Median over steps of the ratio to the first variant's same step, whole and by phase as shares of its step."""
+    first = next(iter(seconds.values()))
+    lines = ["| variant | step | " + " | ".join(PHASES) + " |", "|---" * (2 + len(PHASES)) + "|"]
+    for name, steps in seconds.items():
+        pairs = [(one, other, sum(other.values())) for one, other in zip(steps, first, strict=True)]
+        whole = statistics.median(sum(one.values()) / base for one, _, base in pairs)
+        added = [
+            statistics.median((one[phase] - other[phase]) / base for one, other, base in pairs) for phase in PHASES
+        ]
+        lines.append(f"| {name} | {whole:.3f} | " + " | ".join(f"{100 * share:+.1f} %" for share in added) + " |")
+    base_s = statistics.median(sum(step.values()) for step in first)
+    shares = [statistics.median(step[phase] for step in first) / base_s for phase in PHASES]
+    spent = ", ".join(f"{phase} {100 * share:.0f} %" for phase, share in zip(PHASES, shares, strict=True))
+    return "\n".join([*lines, "", f"{next(iter(seconds))}: {base_s:.2f} s a step ({spent})"])
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,198 @@
+"""docs/results.md: tables and plots from the results of cells, and from nothing else."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from padd_ds.errors import UserError
+from padd_ds.files import write_text_whole
+from tools.experiment.cell import Cell
+from tools.experiment.figures import bars_figure, curves_figure
+from tools.experiment.settings import ABLATIONS, CHOICES, METHODS, SHAPES, STUDENTS, Scale
+from tools.experiment.statistics import Estimate, over_seeds, paired_over_questions, pooled
+
+Result = dict[str, Any]
+Group = list[Result]
+"""Results of one row, one per seed, in the order of seeds."""
+
+TITLES = {
+    "teacher-sft": "Teacher, before GRPO",
+    "teacher": "**Teacher (GRPO)**",
+    "converted": "Base: the converted student",
+    "warmed-up": "warmed-up student",
+    "dense-narrowed": "dense of that active size, cut",
+    "dense-warmed-up": "the same, warmed up",
+    "dense-grpo": "Dense-GRPO",
+    "vanilla-grpo": "Vanilla-GRPO",
+    "gspo": "GSPO",
+    "rspo": "RSPO",
+    "online-kd": "Online KD",
+    "padd": "**PADD**",
+    "without-i": "w/o I: random experts and router, no warm-up",
+    "without-ii": "w/o II: fixed temperature",
+    "without-iii": "w/o III: plain GRPO",
+    "without-iv": "w/o IV: auxiliary-loss balancing",
+}
+MAIN_ROWS = ("teacher-sft", "teacher", "converted", "warmed-up", "dense-narrowed", "dense-warmed-up", "dense-grpo")
+HEAD = """# Results
+
+Made by `make {target}` (`python tools/repro.py --scale {scale}`) from the files under `{results}`; no number is typed
+by hand. What the experiment is, and how to read it, stands in [experiment.md](experiment.md). {done} of {total} cells
+are there.
+
+Greedy Pass@1 in percent with the 95 % interval over the questions of these seeds; *sampled*: mean of 4 responses at
+temperature 1. *PADD ahead by*: PADD minus the row, question by question, with its 95 % interval over questions, and the
+two-sided p of a paired t-test over seeds. *shift*: mean router shift since the student that the stage began with;
+*load*: maximal violation on the test problems' solutions.
+"""
+
+
+def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name: str = "full") -> None:
+    """The page and its figures, in a folder beside it; UserError while there is nothing to show."""
+    found = {cell.name: read_result(results, cell) for cell in cells}
+    there = {name: result for name, result in found.items() if result is not None}
+    if not there:
+        raise UserError(f"{results}: holds no result of these cells; run them first")
+    target = {"full": "repro", "quick": "repro-quick"}.get(name, "repro")
+    parts = [HEAD.format(target=target, scale=name, results=results.name, done=len(there), total=len(cells))]
+    figures = path.with_name(path.stem)
+    for shape in scale.shapes:
+        rows = main_rows(there, shape)
+        if "padd" in rows:
+            parts.append(f"## {SHAPES[shape].title.capitalize()}\n\n{table(rows, rows['padd'])}")
+            parts.append(figures_of(rows, figures, shape))
+    rows = part_rows(there, scale.shapes[0])
+    if rows:
+        padd = main_rows(there, scale.shapes[0])["padd"]
+        parts.append(f"## PADD without its parts, and with other Choices ({SHAPES[scale.shapes[0]].title})\n")
+        parts.append(table({"padd": padd} | rows, padd))
+    parts.append(provenance(there))
+    write_text_whole(path, "\n\n".join(part.rstrip() for part in parts) + "\n")
+
+
+def read_result(results: Path, cell: Cell) -> Result | None:
+    """The result of a cell as it is defined now; None if it has none."""
+    path = results / f"{cell.name}.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["fingerprint"] == cell.fingerprint() else None
+
+
+def main_rows(there: dict[str, Result], shape: str) -> dict[str, Group]:
+    """Groups of the main table of a shape, by the keys of TITLES, in its order."""
+    rows: dict[str, Group] = defaultdict(list)
+    for result in there.values():
+        kind, method = result["kind"], result.get("method")
+        if result.get("shape", shape) == shape:
+            if method in METHODS or method == "dense-grpo":
+                rows[method].append(result)
+            elif kind in MAIN_ROWS:
+                rows[kind].append(result)
+    return {name: in_order(rows[name]) for name in (*MAIN_ROWS, *METHODS) if name in rows}
+
+
+def part_rows(there: dict[str, Result], shape: str) -> dict[str, Group]:
+    """Groups of the ablations, Choices and other students."""
+    rows: dict[str, Group] = defaultdict(list)
+    for result in there.values():
+        if result.get("shape") == shape and result["kind"] == "joint":
+            rows[result["method"]].append(result)
+    names = (*ABLATIONS, "without-i", *CHOICES, *STUDENTS)
+    return {name: in_order(rows[name]) for name in names if name in rows}
+
+
+def in_order(group: Group) -> Group:
+    return sorted(group, key=lambda result: result["seed"])
+
+
+def table(rows: dict[str, Group], padd: Group) -> str:
+    """A markdown table, a row per group."""
+    head = "| | seeds | Pass@1 | sampled | PADD ahead by | shift | NMI | ESI | load | minutes |"
+    lines = [head, "|---" * 10 + "|"]
+    lines += [f"| {' | '.join(row_cells(name, group, padd))} |" for name, group in rows.items()]
+    return "\n".join(lines)
+
+
+def row_cells(name: str, group: Group, padd: Group) -> list[str]:
+    estimate = pooled([greedy(result) for result in group])
+    sampled = mean_of(group, lambda result: 100 * result["headline"]["samples"]["pass_at_1"])
+    routing = [
+        mean_of(group, lambda result, key=key: (result["headline"]["routing"] or {}).get(key), digits)  # type: ignore[misc]
+        for key, digits in (("shift", 5), ("nmi", 4), ("esi_nats", 4), ("max_violation", 2))
+    ]
+    minutes = mean_of(group, lambda result: result["seconds"] / 60)
+    seeds = ", ".join(str(result["seed"]) for result in group)
+    return [TITLES.get(name, name), seeds, shown(estimate), sampled, ahead(group, padd), *routing, minutes]
+
+
+def ahead(group: Group, padd: Group) -> str:
+    """How far PADD is in front, over the seeds that both have."""
+    pairs = [(one, other) for one in padd for other in group if one["seed"] == other["seed"]]
+    if not pairs or group is padd or any(one is other for one, other in pairs):
+        return ""
+    left, right = [greedy(one) for one, _ in pairs], [greedy(other) for _, other in pairs]
+    questions = paired_over_questions(left, right)
+    text = f"{100 * questions.mean:+.1f} ({100 * questions.low:+.1f} to {100 * questions.high:+.1f})"
+    if len(pairs) > 1:
+        means = [sum(a) / len(a) - sum(b) / len(b) for a, b in zip(left, right, strict=True)]
+        text += f", p {over_seeds(means).p_value:.3f}"
+    return text
+
+
+def greedy(result: Result) -> list[float]:
+    return [float(verdict) for verdict in result["greedy"]]
+
+
+def shown(estimate: Estimate) -> str:
+    return f"{100 * estimate.mean:.1f} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
+
+
+def mean_of(group: Group, value: Callable[[Result], float | None], digits: int = 1) -> str:
+    values = [value(result) for result in group]
+    known = [one for one in values if one is not None]
+    return f"{sum(known) / len(known):.{digits}f}" if known else ""
+
+
+def figures_of(rows: dict[str, Group], folder: Path, shape: str) -> str:
+    """Pass@1 as bars, and curves of reward, load and shift, as files beside the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bars = {name: pooled([greedy(result) for result in group]) for name, group in rows.items()}
+    titles = {name: TITLES[name].strip("*") for name in rows}
+    bars_figure(folder / f"{shape}-pass.svg", {titles[name]: bar for name, bar in bars.items()}, titles.get("teacher"))
+    trained = {titles[name]: rows[name] for name in (*METHODS, "dense-grpo") if name in rows}
+    lines = [f"![Greedy Pass@1, {shape}]({folder.name}/{shape}-pass.svg)"]
+    for key, label in (("reward_correct", "right answers in rollouts"), ("load_max_violation", "load violation")):
+        curves = {title: mean_curve(group, key) for title, group in trained.items()}
+        curves_figure(folder / f"{shape}-{key}.svg", {t: c for t, c in curves.items() if c}, label)
+        lines.append(f"![{label}, {shape}]({folder.name}/{shape}-{key}.svg)")
+    return "\n".join(lines)
+
+
+def mean_curve(group: Group, key: str) -> list[float]:
+    """Mean over seeds of a curve; empty where a run does not have it."""
+    curves = [result["curves"].get(key, []) for result in group]
+    if not all(curves):
+        return []
+    return [sum(step) / len(step) for step in zip(*curves, strict=False)]
+
+
+def provenance(there: dict[str, Result]) -> str:
+    """The commands of one seed for every kind of row, and the commits."""
+    commits = sorted({result["commit"] for result in there.values()})
+    where = "`{work}` is the folder of all cells, `{here}` that of the row's cell; seeds stand in the tables"
+    lines = ["## Commands", "", f"Commits: {', '.join(commits)}. {where}."]
+    shown_rows: set[str] = set()
+    for result in there.values():
+        row = result.get("method") or result["kind"]
+        key = f"{result.get('shape', '')} {row}".strip()
+        if key not in shown_rows:
+            shown_rows.add(key)
+            lines += ["", f"`{result['cell']}`:", "", "```", *(command_line(c) for c in result["commands"]), "```"]
+    return "\n".join(lines)
+
+
+def command_line(command: Sequence[str]) -> str:
+    return " ".join(f"'{word}'" if any(sign in word for sign in " #$(") else word for word in command)
