@@ -21,8 +21,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub id")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="result file to write (JSON)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing result file")
-    _add_problem_options(parser)
-    _add_prompt_options(parser)
+    add_problem_options(parser)
+    add_prompt_options(parser)
     text = parser.add_argument_group("perplexity")
     text.add_argument("--perplexity", type=Path, metavar="TEXTFILE", help="plain text to measure it on")
     text.add_argument("--window", type=int, default=256, help="tokens per window (default %(default)s)")
@@ -44,7 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _add_problem_options(parser: argparse.ArgumentParser) -> None:
+def add_problem_options(parser: argparse.ArgumentParser) -> None:
+    """Which problems; read by `read_problems`."""
     problems = parser.add_argument_group("problems")
     source = problems.add_mutually_exclusive_group()
     source.add_argument("--benchmark", choices=BENCHMARKS, help="a public benchmark")
@@ -59,7 +60,8 @@ def _add_problem_options(parser: argparse.ArgumentParser) -> None:
     problems.add_argument("--limit", type=int, metavar="N", help="the first N problems only")
 
 
-def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """How they are put, and answers found."""
     prompts = parser.add_argument_group("prompts and answers")
     prompts.add_argument(
         "--template",
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_arguments(args)
     answer_format = AnswerFormat(name=args.answer_format, pattern=args.pattern)
-    template = _template(args.template, args.chat) if args.template else None
+    template = chat_template(args.template, args.chat) if args.template else None
     problems = read_problems(args)
     text = read_text(args.perplexity) if args.perplexity else None
     run(args, problems, template, answer_format, text)
@@ -105,14 +107,20 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--routing-before goes with --routing")
     if args.chat and not args.template:
         raise UserError("--chat goes with --template")
-    for name in ("limit", "max_windows", "window", "batch_size", "max_new_tokens", "check_workers", "samples"):
-        value, least = getattr(args, name), 2 if name == "window" else 1
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    counts = ("limit", "max_windows", "batch_size", "max_new_tokens", "check_workers", "samples")
+    check_at_least(args, dict.fromkeys(counts, 1) | {"window": 2})
     if args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature} must be above 0; the greedy response is always made")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
+
+
+def check_at_least(args: argparse.Namespace, least: dict[str, int]) -> None:
+    """UserError for the first of these options that is given and below its bound."""
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {bound}")
 
 
 def read_problems(args: argparse.Namespace) -> list[Problem]:
@@ -162,7 +170,7 @@ def run(
     from padd_ds.hf import load_causal_lm
 
     torch.manual_seed(args.seed)
-    model, tokenizer = _load(args)
+    model, tokenizer = load(args.model, args.device, args.dtype)
     if args.routing:
         find_routers(model)
     template = template or resolve_template("chat-boxed" if tokenizer.chat_template else "boxed")
@@ -197,24 +205,25 @@ def run(
     print(f"{args.model}\n{table(measured)}\nwritten to {args.output}")
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+def load(source: str, device_name: str | None, dtype_name: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer; UserError for a device that is not there."""
     import torch
 
     from padd_ds.hf import DTYPES, load_causal_lm, load_tokenizer
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
-        device = torch.device(args.device) if args.device else (accelerator or torch.device("cpu"))
+        device = torch.device(device_name) if device_name else (accelerator or torch.device("cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {args.device} cannot be used here ({reason}); try --device cpu") from error
-    dtype = DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-    model = load_causal_lm(args.model, dtype).to(device)
-    return model, load_tokenizer(args.model)
+        raise UserError(f"--device {device_name} cannot be used here ({reason}); try --device cpu") from error
+    dtype = DTYPES[dtype_name or ("float32" if device.type == "cpu" else "bfloat16")]
+    return load_causal_lm(source, dtype).to(device), load_tokenizer(source)
 
 
-def _template(template: str, chat: bool) -> PromptTemplate:
+def chat_template(template: str, chat: bool) -> PromptTemplate:
+    """A named or written template, with `chat` as a user's turn."""
     resolved = resolve_template(template)
     return PromptTemplate(text=resolved.text, chat=True, system=resolved.system) if chat else resolved
 

@@ -11,13 +11,13 @@ LAYERS = [
     {"config"},
     {"losses", "moe"},
     {"data", "hf"},
-    {"checkpoint"},
+    {"checkpoint", "offline"},
     {"conversion"},
     {"rollout"},
     {"engine"},
     {"stages"},
     {"run", "evaluation", "report"},
-    {"train", "convert", "evaluate", "export"},
+    {"train", "convert", "evaluate", "export", "cache"},
 ]
 LIGHT = {"errors", "files", "launcher", "config"}
 HEAVY_MODULES = {"torch", "transformers", "deepspeed", "datasets"}

@@ -113,6 +113,8 @@ class WarmupConfig:
     """Choice: the always-active experts learn too."""
     teacher_top_k: Count | None = None
     """Keep only the teacher's k most likely tokens and one bucket for the rest; default: all."""
+    teacher_cache: str | None = None
+    """Folder written by padd-cache with the teacher's likelihoods of these targets, in place of model.teacher."""
 
 
 @section
@@ -306,8 +308,14 @@ class RunConfig:
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> "RunConfig":
         key = "warmup.kd_weight" if self.stage == "warmup" else "distillation.weight"
-        if self.kd_weight > 0 and self.model.teacher is None:
+        if self.needs_teacher and self.model.teacher is None:
             raise ValueError(f"{key} is {self.kd_weight}, so model.teacher is needed; give it, or set {key}=0")
+        return self
+
+    @model_validator(mode="after")
+    def _the_cache_has_its_own_top_k(self) -> "RunConfig":
+        if self.warmup.teacher_cache is not None and self.warmup.teacher_top_k is not None:
+            raise ValueError("warmup.teacher_cache holds as many tokens as it was recorded with; drop teacher_top_k")
         return self
 
     @model_validator(mode="after")
@@ -320,6 +328,16 @@ class RunConfig:
     def kd_weight(self) -> float:
         """Of the distillation loss of this stage; the teacher itself has no teacher."""
         return {"warmup": self.warmup.kd_weight, "joint": self.distillation.weight, "teacher_grpo": 0.0}[self.stage]
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher itself has to be there."""
+        return self.kd_weight > 0 and not self.reads_cache
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether the teacher's likelihoods come from a file."""
+        return self.stage == "warmup" and self.kd_weight > 0 and self.warmup.teacher_cache is not None
 
     def measures_gradients(self, step: int) -> bool:
         """Whether the terms' own gradients are measured at a step."""

@@ -80,6 +80,44 @@ def distillation_sum(
     return torch.stack(map_token_chunks(chunk_sum, *flat, chunk_tokens=chunk_tokens)).sum()
 
 
+def recorded_distillation_sum(
+    student_logits_BTV: Tensor,
+    top_ids_BTK: Tensor,
+    logprobs_BTQ: Tensor,
+    mask_BT: Tensor,
+    *,
+    direction: str = "forward",
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """What `distillation_sum` gives with `teacher_top_k` and temperature 1, from outcomes of `top_outcomes`, scalar.
+
+    So the teacher need not be there; its likelihoods come from a file.
+    """
+    divergence = DIVERGENCES[direction]
+
+    def chunk_sum(student_CV: Tensor, top_ids_CK: Tensor, logprobs_CQ: Tensor, mask_C: Tensor) -> Tensor:
+        log_q_RQ = _with_tail(_log_softmax(student_CV[mask_C]), top_ids_CK[mask_C])
+        return divergence(logprobs_CQ[mask_C].to(log_q_RQ.dtype), log_q_RQ)
+
+    flat = (
+        student_logits_BTV.flatten(0, 1),
+        top_ids_BTK.flatten(0, 1),
+        logprobs_BTQ.flatten(0, 1),
+        mask_BT.bool().flatten(),
+    )
+    return torch.stack(map_token_chunks(chunk_sum, *flat, chunk_tokens=chunk_tokens)).sum()
+
+
+def top_outcomes(logits_RV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The `top_k` likeliest tokens of each row [R, K], and the log-probabilities of them and of all others [R, K + 1].
+
+    nats, float32 or better; K is V where the vocabulary is smaller than `top_k`.
+    """
+    log_p_RV = _log_softmax(logits_RV)
+    top_RK = log_p_RV.topk(min(top_k, log_p_RV.shape[-1])).indices
+    return top_RK, _with_tail(log_p_RV, top_RK)
+
+
 def _log_softmax(logits_RV: Tensor, temperature_R: Tensor | None = None) -> Tensor:
     logits_RV = logits_RV.to(compute_dtype(logits_RV))
     if temperature_R is not None:

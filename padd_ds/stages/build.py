@@ -22,6 +22,7 @@ from padd_ds.errors import UserError
 from padd_ds.hf import end_token_ids, load_causal_lm, load_tokenizer, read_config
 from padd_ds.losses.policy import CLIPS, PolicyOptions
 from padd_ds.moe.balance import BalanceOptions
+from padd_ds.offline.cache import TeacherCache
 from padd_ds.rollout.collect import Collector
 from padd_ds.rollout.generation import HuggingFaceRollout
 from padd_ds.rollout.rewards import RewardOptions
@@ -50,6 +51,7 @@ class Inputs:
     tokenizer: Any
     data: TrainingData
     targets: ConversionTargets | None
+    cache: TeacherCache | None
 
 
 def read_inputs(config: RunConfig, world_size: int) -> Inputs:
@@ -72,15 +74,22 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     if config.has_rollouts and config.policy.kl_weight > 0 and config.model.reference is not None:
         reference = read_config(config.model.reference, trust_remote_code=trust)
         check_vocabularies(f"model.reference {config.model.reference}", reference.vocab_size, student.vocab_size)
-    if config.kd_weight > 0:
+    if config.needs_teacher:
         assert config.model.teacher is not None
         teacher = read_config(config.model.teacher, trust_remote_code=trust)
         check_vocabularies(f"model.teacher {config.model.teacher}", teacher.vocab_size, student.vocab_size)
     reward_rules(config)
     tokenizer = load_tokenizer(config.model.student, trust_remote_code=trust)
     data = read_training_data(config, tokenizer)
-    targets = _targets(config, student)
-    return Inputs(config=config, deepspeed_tree=tree, dtype=dtype, tokenizer=tokenizer, data=data, targets=targets)
+    return Inputs(
+        config=config,
+        deepspeed_tree=tree,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        data=data,
+        targets=_targets(config, student),
+        cache=_teacher_cache(config, student.vocab_size),
+    )
 
 
 @contextmanager
@@ -93,7 +102,7 @@ def open_stage(inputs: Inputs, ranks: Ranks) -> Iterator[Stage]:
     }
     config = inputs.config
     student = _student(inputs, ranks)
-    teacher = load_teacher(config, inputs.dtype, ranks.device) if config.kd_weight > 0 else None
+    teacher = load_teacher(config, inputs.dtype, ranks.device) if config.needs_teacher else None
     stage = builders[config.stage](inputs, student, teacher)
     try:
         yield stage.as_stage()
@@ -125,6 +134,18 @@ def _targets(config: RunConfig, student_config: Any) -> ConversionTargets | None
             f"{folder}: p_T is for {tuple(targets.expert_prior_LE.shape)} layers and experts, the student has {shape}"
         )
     return targets
+
+
+def _teacher_cache(config: RunConfig, vocabulary: int) -> TeacherCache | None:
+    """The teacher's recorded likelihoods where the warm-up reads them."""
+    if not config.reads_cache:
+        return None
+    assert config.warmup.teacher_cache is not None
+    cache = TeacherCache.open(Path(config.warmup.teacher_cache))
+    if cache.top_k == 0:
+        raise UserError(f"{cache.folder}: recorded with --top-k 0, so without likelihoods; set warmup.kd_weight=0")
+    check_vocabularies(f"warmup.teacher_cache {cache.folder}", cache.facts["vocabulary"], vocabulary)
+    return cache
 
 
 def _student(inputs: Inputs, ranks: Ranks) -> Student:
@@ -202,6 +223,7 @@ def _warmup_stage(inputs: Inputs, student: Student, teacher: Any) -> warmup.Warm
         tokenizer=inputs.tokenizer,
         problems=inputs.data.problems,
         targets=inputs.targets,
+        cache=inputs.cache,
         config=inputs.config,
     )
 

@@ -20,11 +20,12 @@ from padd_ds.data.prompts import render
 from padd_ds.engine.ranks import any_rank, gather_over_group, sum_over_ranks
 from padd_ds.engine.student import Student
 from padd_ds.hf import response_logits
-from padd_ds.losses.distillation import distillation_sum
+from padd_ds.losses.distillation import distillation_sum, recorded_distillation_sum
 from padd_ds.losses.prior import expert_activation_sums, expert_prior
 from padd_ds.losses.tokens import cross_entropy_sum, global_mean
 from padd_ds.losses.warmup import init_kl
 from padd_ds.moe.router import RoutingRecord
+from padd_ds.offline.cache import TeacherCache
 from padd_ds.seeds import derive_seed
 from padd_ds.stages.gradients import add_gradient_norms
 from padd_ds.stages.materials import prompt_template, supervised_target
@@ -45,11 +46,12 @@ class WarmupStage:
 
     student: Student
     teacher: Any
-    """Dense model, or None where kd_weight is 0."""
+    """Dense model, or None where kd_weight is 0 or its likelihoods are in `cache`."""
     tokenizer: Any
     problems: list[Problem]
     targets: ConversionTargets | None
     """The clusters' p_T; None where init_weight is 0."""
+    cache: TeacherCache | None = None
     config: RunConfig
 
     def as_stage(self) -> Stage:
@@ -134,6 +136,11 @@ class WarmupStage:
 
     def _kd_sum(self, batch: SupervisedBatch, logits_BRV: torch.Tensor) -> torch.Tensor:
         """Choice: L_KD compares next-token distributions, the teacher first, on the target's tokens."""
+        if self.cache is not None:
+            mask_BR = batch["target_mask_BR"]
+            recorded = self.cache.batch(batch["input_ids_BT"].cpu(), batch["attention_mask_BT"].cpu(), mask_BR.cpu())
+            top_ids_BRK, logprobs_BRQ = (part.to(logits_BRV.device) for part in recorded)
+            return recorded_distillation_sum(logits_BRV, top_ids_BRK, logprobs_BRQ, mask_BR)
         with torch.no_grad():
             teacher_BRV = _target_logits(self.teacher, batch)
         plain_B = torch.ones(len(logits_BRV), device=logits_BRV.device)

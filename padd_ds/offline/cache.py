@@ -1,0 +1,149 @@
+"""A teacher's likelihoods of targets on disk: the k likeliest tokens at every place, and the rest in one bucket.
+
+A row is known by the token ids of its prompt and target, so what is found is right for what is asked.
+Shapes: B rows of a batch, L tokens of prompt and target, R target tokens of the longest row, N rows and S target tokens
+of a shard, K likeliest tokens, Q = K + 1 outcomes.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from padd_ds.errors import UserError
+
+INDEX_NAME, FORMAT = "cache.json", 1
+KEY_BYTES = 32
+REMEDY = "record it again with padd-cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedRow:
+    """One target."""
+
+    key: str
+    """`row_key` of its prompt and target."""
+    top_ids_RK: torch.Tensor
+    """int32."""
+    logprobs_RQ: torch.Tensor
+    """fp32, nats: of those tokens, and of all others together."""
+
+
+def row_key(ids: Sequence[int], n_target: int) -> str:
+    """The name of a row: its token ids, and how many of them are the target."""
+    return hashlib.sha256(json.dumps([list(ids), n_target]).encode()).hexdigest()
+
+
+def write_shard(path: Path, rows: Sequence[RecordedRow], metadata: dict[str, str]) -> None:
+    """Write `rows` to a safetensors file that is whole or absent."""
+    keys = [list(bytes.fromhex(row.key)) for row in rows]
+    tensors = {
+        "keys": torch.tensor(keys, dtype=torch.uint8).view(len(rows), KEY_BYTES),
+        "tokens": torch.tensor([len(row.top_ids_RK) for row in rows], dtype=torch.int64),
+        "top_ids": torch.cat([row.top_ids_RK for row in rows]) if rows else torch.zeros(0, dtype=torch.int32),
+        "logprobs": torch.cat([row.logprobs_RQ for row in rows]) if rows else torch.zeros(0),
+    }
+    staged = path.with_name(f".{path.name}.partial")
+    save_file(tensors, staged, metadata)
+    staged.rename(path)
+
+
+def write_index(folder: Path, facts: dict[str, Any], shards: Sequence[Path]) -> None:
+    """Write cache.json with the checksum of every shard; a folder without it is no cache."""
+    entries = [{"file": shard.name, "sha256": file_hash(shard)} for shard in shards]
+    document = {"format": FORMAT, **facts, "shards": entries}
+    (folder / INDEX_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash_pieces(file)
+        )
+
+
+def _hash_pieces(file: Any) -> str:
+    digest = hashlib.sha256()
+    while piece := file.read(1 << 22):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+@dataclass(kw_only=True)
+class TeacherCache:
+    """A folder written by padd-cache; shards are checked when they are first read."""
+
+    folder: Path
+    facts: dict[str, Any]
+    places: dict[str, tuple[int, int, int]]
+    """Shard, first token and number of tokens of every row, by key."""
+    _open: dict[int, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path) -> "TeacherCache":
+        """UserError: not a whole cache, or one of another format."""
+        index = folder / INDEX_NAME
+        if not index.is_file():
+            raise UserError(f"{folder}: no {INDEX_NAME} in it, so no whole teacher cache; {REMEDY}")
+        facts = json.loads(index.read_text(encoding="utf-8"))
+        if facts.get("format") != FORMAT:
+            raise UserError(f"{index}: format {facts.get('format')} is not {FORMAT}; {REMEDY}")
+        cache = cls(folder=folder, facts=facts, places={})
+        for number in range(len(facts["shards"])):
+            shard = cache._shard(number)
+            keys, tokens = shard.get_tensor("keys"), shard.get_tensor("tokens").tolist()
+            first = 0
+            for key, count in zip(keys.tolist(), tokens, strict=True):
+                cache.places[bytes(key).hex()] = (number, first, count)
+                first += count
+        return cache
+
+    @property
+    def top_k(self) -> int:
+        return self.facts["top_k"]
+
+    def batch(
+        self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, target_mask_BR: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(top_ids_BRK int64, logprobs_BRQ) of rows padded on the left; 0 where there is no target.
+
+        UserError for a row that was not recorded.
+        """
+        shape = target_mask_BR.shape
+        top_ids_BRK = torch.zeros(*shape, self.top_k, dtype=torch.int64)
+        logprobs_BRQ = torch.zeros(*shape, self.top_k + 1)
+        for row, (ids, mask) in enumerate(zip(input_ids_BL, attention_mask_BL.bool(), strict=True)):
+            n_target = int(target_mask_BR[row].sum())
+            if n_target == 0:
+                continue
+            recorded = self._find(row_key(ids[mask].tolist(), n_target))
+            top_ids_BRK[row, -n_target:], logprobs_BRQ[row, -n_target:] = recorded
+        return top_ids_BRK, logprobs_BRQ
+
+    def _find(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if key not in self.places:
+            raise UserError(
+                f"{self.folder}: a target of the training data is not in it; record it with the same data, "
+                "tokenizer, template and lengths"
+            )
+        number, first, count = self.places[key]
+        shard, rows = self._shard(number), slice(first, first + count)
+        return shard.get_slice("top_ids")[rows].long(), shard.get_slice("logprobs")[rows]
+
+    def _shard(self, number: int) -> Any:
+        if number not in self._open:
+            entry = self.facts["shards"][number]
+            path = self.folder / entry["file"]
+            if not path.is_file() or file_hash(path) != entry["sha256"]:
+                raise UserError(f"{path}: missing or changed since it was written; {REMEDY}")
+            try:
+                self._open[number] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise UserError(f"{path}: cannot be read ({error}); {REMEDY}") from error
+        return self._open[number]

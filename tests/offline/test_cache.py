@@ -1,0 +1,204 @@
+"""A recorded teacher: its likelihoods come back as they were, only whole and only for what was recorded."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from padd_ds import cache
+from padd_ds.data.batches import supervised_batch
+from padd_ds.errors import UserError
+from padd_ds.evaluation import record as recording
+from padd_ds.evaluation.generate import Response
+from padd_ds.hf import response_logits
+from padd_ds.losses.distillation import distillation_sum, recorded_distillation_sum, top_outcomes
+from padd_ds.offline.cache import TeacherCache
+from tests.tiny import tiny_student
+from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
+
+ROWS = [
+    {"question": f"{a} plus {b}?", "solution": f"#{a + b}", "answer": str(a + b)} for a in range(4) for b in range(3)
+]
+OPTIONS = ["--solution-field", "solution", "--template", "plain", "--top-k", "5", "--shard-rows", "5"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "teacher").mkdir()
+    save_teacher(tmp_path / "teacher", make_tiny_model())
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    words = ["--teacher", folder / "teacher", "--data", folder / "data.jsonl", "--output", folder / "cache"]
+    return [*map(str, words), "--batch-size", "3", "--device", "cpu", *OPTIONS, *more]
+
+
+def batch_of(rows):
+    prompts, solutions = [row["question"] for row in rows], [row["solution"] for row in rows]
+    return supervised_batch(prompts, solutions, make_tokenizer(), 64)
+
+
+def logits_of(model, batch):
+    n_response = batch["target_ids_BR"].shape[1]
+    return response_logits(model, batch["input_ids_BT"], batch["attention_mask_BT"], n_response)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_the_recorded_loss_is_the_live_one_with_its_gradient(direction):
+    generator = torch.Generator().manual_seed(0)
+    teacher_BTV = 3 * torch.randn(2, 4, 11, generator=generator)
+    mask_BT = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    results = []
+    for recorded in (False, True):
+        student_BTV = torch.randn(2, 4, 11, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        if recorded:
+            top_ids, logprobs = top_outcomes(teacher_BTV.flatten(0, 1), 3)
+            outcomes = (top_ids.view(2, 4, 3), logprobs.view(2, 4, 4))
+            loss = recorded_distillation_sum(student_BTV, *outcomes, mask_BT, direction=direction, chunk_tokens=3)
+        else:
+            plain = torch.ones(2)
+            loss = distillation_sum(student_BTV, teacher_BTV, mask_BT, plain, direction=direction, teacher_top_k=3)
+        loss.backward()
+        results.append((loss.item(), student_BTV.grad))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_likelihoods_come_back_as_the_teacher_gives_them(folder):
+    cache.main(arguments(folder))
+    batch = batch_of([ROWS[7], ROWS[1], ROWS[11]])
+    recorded = TeacherCache.open(folder / "cache")
+    mask_BR = batch["target_mask_BR"]
+    top_ids_BRK, logprobs_BRQ = recorded.batch(batch["input_ids_BT"], batch["attention_mask_BT"], mask_BR)
+    with torch.no_grad():
+        top_ids, logprobs = top_outcomes(logits_of(make_tiny_model(), batch)[mask_BR], 5)
+    torch.testing.assert_close(logprobs_BRQ[mask_BR], logprobs, atol=1e-5, rtol=1e-5)
+    assert (top_ids_BRK[mask_BR] == top_ids).float().mean() > 0.9
+    assert logprobs_BRQ[mask_BR].exp().sum(-1).tolist() == pytest.approx([1.0] * int(mask_BR.sum()), abs=1e-5)
+
+
+def test_right_responses_are_kept_once_and_can_be_trained_on(folder, monkeypatch):
+    def answers(model, tokenizer, prompts, options):
+        # To every question: 1, 1 in other words, 2, and 2 without an end.
+        texts = [("#1", True), ("0+1#1", True), ("#1", True), ("#2", True), ("1+1#2", False)]
+        return [Response(text=texts[row % 5][0], tokens=2, ended=texts[row % 5][1]) for row in range(len(prompts))]
+
+    monkeypatch.setattr(recording, "generate_responses", answers)
+    cache.main(arguments(folder, "--responses", "5", "--answer-format", "pattern", "--pattern", r"#(\d+)$"))
+    rows = [json.loads(line) for line in (folder / "cache" / "responses.jsonl").read_text().splitlines()]
+    expected = {"1": ["#1", "0+1#1"], "2": ["#2"]}
+    wanted = [(row["question"], text) for row in ROWS for text in expected.get(row["answer"], [])]
+    assert [(row["question"], row["solution"]) for row in rows] == wanted
+    batch = batch_of(rows[:3])
+    recorded = TeacherCache.open(folder / "cache")
+    recorded.batch(batch["input_ids_BT"], batch["attention_mask_BT"], batch["target_mask_BR"])
+
+
+def test_an_interrupted_recording_goes_on_to_the_same_bytes(folder, monkeypatch):
+    cache.main(arguments(folder))
+    whole = {path.name: path.read_bytes() for path in (folder / "cache").iterdir()}
+    (folder / "cache").rename(folder / "first")
+    write, written = recording.write_shard, []
+
+    def stopping(path, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, *rest)
+
+    monkeypatch.setattr(recording, "write_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        cache.main(arguments(folder))
+    assert not (folder / "cache").exists()
+    monkeypatch.setattr(recording, "write_shard", lambda path, *rest: (written.append(path.name), write(path, *rest)))
+    cache.main(arguments(folder))
+    assert written == ["shard_00000.safetensors", "shard_00001.safetensors", "shard_00002.safetensors"]
+    assert {path.name: path.read_bytes() for path in (folder / "cache").iterdir()} == whole
+
+
+def test_what_another_recording_left_is_not_taken_up(folder, monkeypatch):
+    write = recording.write_shard
+
+    def stopping(path, *rest):
+        if path.name == "shard_00001.safetensors":
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    monkeypatch.setattr(recording, "write_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        cache.main(arguments(folder))
+    monkeypatch.setattr(recording, "write_shard", write)
+    cache.main(arguments(folder, "--top-k", "2"))
+    assert TeacherCache.open(folder / "cache").top_k == 2
+
+
+def test_a_changed_shard_and_an_unknown_target_are_refused(folder):
+    cache.main(arguments(folder))
+    batch = batch_of([{"question": "9 plus 9?", "solution": "#18"}])
+    with pytest.raises(UserError, match="a target of the training data is not in it"):
+        TeacherCache.open(folder / "cache").batch(
+            batch["input_ids_BT"], batch["attention_mask_BT"], batch["target_mask_BR"]
+        )
+    shard = folder / "cache" / "shard_00001.safetensors"
+    contents = bytearray(shard.read_bytes())
+    contents[-1] ^= 1
+    shard.write_bytes(contents)
+    with pytest.raises(UserError, match=r"shard_00001\.safetensors: missing or changed"):
+        TeacherCache.open(folder / "cache")
+    (folder / "cache" / "cache.json").unlink()
+    with pytest.raises(UserError, match=r"no cache\.json in it"):
+        TeacherCache.open(folder / "cache")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--top-k", "0"], "--top-k 0 without --responses"),
+        (["--shard-rows", "0"], "--shard-rows 0 must be at least 1"),
+        (["--limit", "1", "--part", "D"], "--part D .* has no problem"),
+        (["--samples", "3"], "here it is --responses"),
+        (["--solution-field", "working"], "set --solution-field"),
+    ],
+)
+def test_mistakes_are_told_and_leave_nothing(folder, more, message):
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match=message):
+        cache.main(arguments(folder, *more))
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_warm_up_without_teacher_has_the_losses_of_one_with(folder, repository):
+    cache.main(arguments(folder))
+    student = tiny_student(vocabulary=len(make_tokenizer()))
+    student.save_pretrained(folder / "student")
+    make_tokenizer().save_pretrained(folder / "student")
+    tree = {"zero_optimization": {"stage": 2}, "expert_parallel": {"enabled": True, "autoep_size": 1}}
+    (folder / "one.json").write_text(json.dumps(tree))
+    losses = []
+    for name, warmup in (("live", {"teacher_top_k": 5}), ("recorded", {"teacher_cache": str(folder / "cache")})):
+        run = {
+            "stage": "warmup",
+            "run_dir": str(folder / name),
+            "deepspeed": str(folder / "one.json"),
+            "steps": 2,
+            "model": {"student": str(folder / "student")},
+            "data": {"source": str(folder / "data.jsonl"), "part": "all", "fields": {"solution": "solution"}},
+            "optimizer": {"learning_rate": 1e-3},
+            "warmup": {"batch_size": 4, "init_weight": 0.0, **warmup},
+        }
+        if name == "live":
+            run["model"]["teacher"] = str(folder / "teacher")
+        (folder / "run.yaml").write_text(yaml.safe_dump(run))
+        command = [sys.executable, "padd_ds/train.py", "--config", str(folder / "run.yaml")]
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss_kd"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] > 0
