@@ -22,7 +22,13 @@ EVALUATION ?=
 LINTED := padd_ds tests tools
 RUFF_RULES := --line-length 120 --select E,F,I,B,UP,SIM,C4,RUF --ignore SIM905,RUF005
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast eval-gsm8k eval-math500 bench-convert clean
+# Models and data of the joint step's benchmark.
+STUDENT ?= repro/full/seed0/half/warmed-up/model
+TEACHER ?= repro/full/seed0/teacher/model
+PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
+
+.PHONY: help setup check-system demo demo-tiny test lint test-fast eval-gsm8k eval-math500 bench-convert bench-joint \
+    repro repro-quick clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -68,6 +74,18 @@ bench-convert: $(READY) bench/peers  ## CALIBRATION=file EVALUATION=file: cluste
 	$(BIN)/python tools/bench_quality.py --teacher bench/teacher --calibration "$(CALIBRATION)" --evaluation "$(EVALUATION)"
 	$(BIN)/python tools/bench_scale.py --folder bench
 	$(BIN)/python tools/bench_scale.py --folder bench --calibration "$(CALIBRATION)"
+
+bench-joint: $(READY)  ## STUDENT=dir TEACHER=dir PROBLEMS=file: what a PADD step costs over one of vanilla GRPO, part by part
+	@test -d "$(STUDENT)" -a -d "$(TEACHER)" -a -f "$(PROBLEMS)" || { echo "error: $(STUDENT), $(TEACHER) or $(PROBLEMS)" \
+	    "is missing; set STUDENT, TEACHER and PROBLEMS, or run make repro first" >&2; exit 2; }
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python tools/bench_joint.py --student "$(STUDENT)" --teacher "$(TEACHER)" \
+	    --data "$(PROBLEMS)"
+
+repro: $(READY)  ## the whole experiment, a night on two cores, resumable: results/full/, docs/results.md
+	$(BIN)/python tools/repro.py --scale full
+
+repro-quick: $(READY)  ## its main rows, one seed, less of everything: results/quick/, results/quick/results.md
+	$(BIN)/python tools/repro.py --scale quick
 
 clean:  ## delete .venv and caches
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info
