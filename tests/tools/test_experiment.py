@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -170,3 +172,17 @@ def test_a_page_of_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no result"):
         write_page(tmp_path / "page.md", tmp_path / "results", all_cells(SCALES["full"]), SCALES["full"])
     assert not (tmp_path / "page.md").exists()
+
+
+@pytest.mark.slow
+def test_the_path_to_padd_runs_and_is_not_run_twice(tmp_path, repository):
+    words = [sys.executable, "tools/repro.py", "--scale", "smallest", "--only", "seed0/half/joint/padd"]
+    words += ["--work", tmp_path / "work", "--results", tmp_path / "results", "--page", tmp_path / "page.md"]
+    command = [str(word) for word in words]
+    first = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=900, check=False)
+    assert first.returncode == 0, first.stderr[-3000:]
+    result = json.loads((tmp_path / "results" / "seed0" / "half" / "joint" / "padd.json").read_text())
+    assert len(result["greedy"]) == 14 and result["headline"]["routing"]["shift"] >= 0
+    assert "| **PADD** | 0 |" in (tmp_path / "page.md").read_text()
+    again = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100, check=False)
+    assert "5 cells, 5 of them done" in again.stderr
