@@ -67,6 +67,12 @@ def _add_grouping(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--router", default="calibrated", choices=ROUTERS, help="where the router comes from")
     group.add_argument(
+        "--even-load",
+        action="store_true",
+        help="choose the router's selection bias so that the calibration tokens spread evenly over the experts; worse "
+        "before training, but training then need not move the load",
+    )
+    group.add_argument(
         "--refit",
         action="store_true",
         help="fit down_proj to what the routing leaves active, on the calibration data; better before training, but "

@@ -28,7 +28,7 @@ from padd_ds.conversion.prior import cluster_activation_means
 from padd_ds.conversion.quality import silhouette, size_variation, sums_of_squares, variation
 from padd_ds.conversion.refit import neuron_weights, reconstruction_error, refit_down, token_weights
 from padd_ds.conversion.regroup import regroup
-from padd_ds.conversion.router import Router, RouterData, expert_contributions, make_router
+from padd_ds.conversion.router import Router, RouterData, even_load, expert_contributions, make_router
 from padd_ds.conversion.targets import LayerTargets
 from padd_ds.losses.prior import expert_prior
 
@@ -126,6 +126,8 @@ def convert_layer(
         )
     router = make_router(options.router, ffn.gate_FD, members_EG, data, generator)
     router = route_copies(router, x_SD, slicing.copies, generator)
+    if options.even_load:
+        router = even_load(router, x_SD, slicing.top_k)
     members_NG = _copied(members_NG, slicing)
 
     weight_SE = router.weights(x_SD, slicing.top_k)

@@ -40,6 +40,7 @@ class ConversionOptions:
     overcluster: clusters per group that k-means makes first, merged by average linkage; 1 makes the groups at once.
     regroup_rounds: how often the groups of `activations` and `mixed` are refined towards what a router can foresee;
         0 leaves the k-means groups.
+    even_load: choose the router's selection bias so that the calibration tokens spread evenly over the experts.
     refit: fit down_proj by least squares to what the routing leaves active, on the calibration data.
     replicate: copies of every routed expert; more total parameters, the same number per token.
     dense_layers: first layers that stay dense, all of their FFN active.
@@ -68,6 +69,7 @@ class ConversionOptions:
     restarts: int = 1
     overcluster: int = 1
     regroup_rounds: int = 4
+    even_load: bool = False
     refit: bool = False
     replicate: int = 1
     dense_layers: int = 0
@@ -142,6 +144,7 @@ class ConversionOptions:
             "--shared-experts": self.shared_experts != 1,
             "--dtype": self.dtype is not None,
             "--refit": self.refit,
+            "--even-load": self.even_load,
             "--controls": self.controls,
             "--replicate": self.replicate > 1,
             "--dense-layers": self.dense_layers > 0,
@@ -158,7 +161,11 @@ class ConversionOptions:
             )
         if self.calibration is not None and not self.calibration.is_file():
             raise UserError(f"--calibration {self.calibration}: no such file")
-        for option, wanted in (("--refit", self.refit), ("--replicate", self.replicate > 1)):
+        for option, wanted in (
+            ("--refit", self.refit),
+            ("--replicate", self.replicate > 1),
+            ("--even-load", self.even_load),
+        ):
             if wanted and self.calibration is None:
                 raise UserError(f"{option} needs data to fit to; pass a text or JSONL file as --calibration")
         if self.evaluation is not None and not self.evaluation.is_file():

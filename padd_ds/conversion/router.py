@@ -13,6 +13,7 @@ LOGIT_SPREAD = 0.1  # standard deviation over experts, mean over tokens; 0.1-0.3
 RIDGE = 3.0  # of the mean square of an input channel: what few channels say strongly should not decide alone
 ASCENT_STEPS, ASCENT_RATE, SOFTNESS = 20, 0.1, 0.5
 MIN_CONTRIBUTION, MIN_SPREAD = 1e-6, 1e-12
+EVEN_STEPS, EVEN_RATE = 300, 0.1
 SIGMOID_SLOPE = 0.25  # at 0, where the logits of a new student are
 
 
@@ -132,6 +133,24 @@ def make_router(
     spread = unit_spread(weight_ED) if data is None else logit_spread(data.x_SD.float() @ weight_ED.T)
     scale = LOGIT_SPREAD / max(spread, MIN_SPREAD)
     return Router(weight_ED=weight_ED * scale, bias_E=intercept_E * scale * SIGMOID_SLOPE)
+
+
+def even_load(router: Router, x_SD: torch.Tensor, top_k: int) -> Router:
+    """The router with the selection bias under which every expert gets about the same share of the data's slots.
+
+    Steps of EVEN_RATE spreads of the scores, falling to 0, against each expert's excess load (as arXiv 2408.15664 does
+    in training); the bias of the smallest excess is kept, the router's own among them.
+    """
+    scores_SE = torch.sigmoid(x_SD.float() @ router.weight_ED.T)
+    spread, bias_E = logit_spread(scores_SE), router.bias_E
+    best, least = bias_E, float("inf")
+    for step in range(EVEN_STEPS):
+        chosen_SK = (scores_SE + bias_E).topk(top_k, dim=1).indices
+        excess_E = torch.bincount(chosen_SK.flatten(), minlength=len(bias_E)) * len(bias_E) / chosen_SK.numel() - 1
+        if float(excess_E.max()) < least:
+            best, least = bias_E, float(excess_E.max())
+        bias_E = bias_E - EVEN_RATE * (1 - step / EVEN_STEPS) * spread * excess_E
+    return Router(weight_ED=router.weight_ED, bias_E=best)
 
 
 def logit_spread(logits_SE: torch.Tensor) -> float:

@@ -17,8 +17,10 @@ from padd_ds.conversion.quality import silhouette, size_variation, sums_of_squar
 from padd_ds.conversion.router import (
     LOGIT_SPREAD,
     CalibratedRouter,
+    Router,
     RouterData,
     centroid_router,
+    even_load,
     logit_spread,
     make_router,
 )
@@ -129,6 +131,22 @@ def test_ascent_collects_more_of_what_choosing_is_worth() -> None:
         chosen_SK = (x_SD @ weight_ED.T + intercept_E).topk(2, dim=1).indices
         collected.append(float(gain_SE.gather(1, chosen_SK).sum() / gain_SE.sum()))
     assert collected[0] + 0.01 < collected[1] <= 1
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_an_even_load_changes_the_selection_and_not_the_logits(top_k: int) -> None:
+    x_SD = torch.randn(2000, 6, generator=seeded(1))
+    weight_ED = torch.randn(8, 6, generator=seeded(2)) * 0.05
+    router = Router(weight_ED=weight_ED, bias_E=torch.linspace(-0.2, 0.2, 8))
+    even = even_load(router, x_SD, top_k)
+
+    def excess(one: Router) -> float:
+        load_E = (one.weights(x_SD, top_k) > 0).float().sum(0)
+        return float(load_E.max() / load_E.mean() - 1)
+
+    assert excess(router) > 1
+    assert excess(even) < 0.05
+    assert torch.equal(even.weight_ED, router.weight_ED)
 
 
 def test_calibrated_router_orders_experts_as_a_linear_target_does(monkeypatch: pytest.MonkeyPatch) -> None:
