@@ -11,7 +11,7 @@ import numpy as np
 
 from padd_ds.report.html import figure, legend, scale
 from padd_ds.report.numbers import MINUS, NO_BREAK_SPACE, TIMES, readable
-from padd_ds.report.plots import curves, expert_map, layers_over_steps, stacked_bars
+from padd_ds.report.plots import curves, distribution, expert_map, layers_over_steps, stacked_bars
 from padd_ds.report.source import RunData, Series
 
 RATIO = f"|ratio{NO_BREAK_SPACE}{MINUS}{NO_BREAK_SPACE}1|"
@@ -116,6 +116,26 @@ CURVES = (
         remark=penalty_share,
     ),
     CurvePanel(
+        title="Flips of expert choice",
+        unit="share of routed slots",
+        metrics={"router_flips": "since the old policy", "load_reward_distance": "rewarded against unrewarded"},
+        caption="Slots whose expert the policy that answered had not chosen, and how far apart the experts of "
+        "rewarded and unrewarded tokens are. Good: few flips; with many, replay the routing (routing.replay).",
+        from_zero=True,
+    ),
+    CurvePanel(
+        title="Gradient of each term",
+        unit="norm, weights included",
+        metrics={
+            "grad_norm_policy": "policy",
+            "grad_norm_kd": "distillation",
+            "grad_norm_lm": "language model",
+            "grad_norm_init": "initialisation",
+        },
+        caption="Which term drives. Good: none is forgotten; change its weight if it is.",
+        log=True,
+    ),
+    CurvePanel(
         title="Load violation",
         unit=EXCESS,
         metrics={"load_max_violation": "mean over layers"},
@@ -147,6 +167,8 @@ def routing_panels(run: RunData, key: str) -> str:
     if np.any(last.get("logit_bias", 0)):
         parts.append(_bias_map(last, key, "logit_bias", "Logit bias"))
     parts.append(_violation_map(run, key))
+    if any("router_shift_counts" in record for record in run.routing):
+        parts.append(_shift_distribution(run, key))
     return "\n".join(parts)
 
 
@@ -229,6 +251,17 @@ def _violation_map(run: RunData, key: str) -> str:
     )
     caption = "Good: fades to the right; a layer that stays strong is not being balanced."
     return figure("Load violation per layer", EXCESS, scale("0", "", readable(limit)), svg, caption)
+
+
+def _shift_distribution(run: RunData, key: str) -> str:
+    records = [record for record in run.routing if "router_shift_counts" in record]
+    chosen = records if len(records) == 1 else [records[0], records[-1]]
+    names = legend([(f"step {record['step']}", "") for record in chosen])
+    counts = [record["router_shift_counts"] for record in chosen]
+    title = "Distribution of the router shift"
+    svg = distribution(title, f"{key}/shift", chosen[0]["router_shift_edges"], counts, "Γ")
+    caption = "Share of response tokens whose shift is below Γ. Good: the right end does not move to the right."
+    return figure(title, "share of tokens", names, svg, caption)
 
 
 def _from_to(series: Series, digits: int) -> str:

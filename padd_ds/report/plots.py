@@ -68,6 +68,26 @@ def stacked_bars(label: str, key: str, series: Sequence[Series]) -> str:
     return result.svg
 
 
+def distribution(label: str, key: str, edges: Sequence[float], counts: Sequence[Sequence[float]], name: str) -> str:
+    """Shares below each of the growing `edges`, on a logarithmic axis called `name`; a line per list of counts.
+
+    Counts are of values below the first edge, between two neighbours, and above the last.
+    """
+    with drawing(label, key) as result:
+        axes = result.axes
+        for one, colour in zip(counts, SERIES, strict=False):
+            below = np.cumsum(np.array(one, dtype=float))
+            axes.step(edges, below[:-1] / max(below[-1], 1.0), where="mid", color=colour, linewidth=1.8)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(numticks=5))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(round(math.log10(value)))))
+        axes.set_xlabel(name, labelpad=2)
+        _value_axis(axes, log=False, from_zero=False)
+        axes.set_ylim(-0.02, 1.02)
+    return result.svg
+
+
 def expert_map(label: str, key: str, values_LE: np.ndarray, limit: float) -> str:
     """Cells by layer and expert: orange above 0, blue below, full colour at +-limit."""
     n_layers, n_experts = values_LE.shape

@@ -52,8 +52,10 @@ def test_every_section_is_there(tmp_path: Path) -> None:
     assert Outline(html).headings == [
         *("A < B", "Results", "Joint training (first)", "Training", "Language-model loss", "Distillation loss"),
         *("Initialisation loss", "Policy loss", "Reward", "Response length", "Failed responses"),
-        *("Router shift and policy ratio", "Load violation", "Router entropy", "Time per phase"),
+        *("Router shift and policy ratio", "Flips of expert choice", "Gradient of each term"),
+        *("Load violation", "Router entropy", "Time per phase"),
         *("Routing by layer and expert", "Load", "Selection bias", "Load violation per layer"),
+        "Distribution of the router shift",
         *("Responses", "Settings"),
     ]
     assert "On average λΓ was 2 % of" in html
@@ -88,7 +90,7 @@ def test_samples_are_of_the_first_and_the_last_step_and_long_ones_are_cut(tmp_pa
 def test_a_run_of_one_step_works(tmp_path: Path) -> None:
     html = report(tmp_path, make_run(tmp_path / "run", steps=1))
     assert "<b>0.5</b>" in html and "→ 0.5" not in html
-    assert html.count("<svg class=") == 14
+    assert html.count("<svg class=") == 17
 
 
 def test_metrics_that_a_run_lacks_are_left_out(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Curves, heat maps and their drawing."""
 
 import re
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
-from padd_ds.report.plots import block_means, curves, expert_map, running_mean, stacked_bars
+from padd_ds.report.plots import block_means, curves, distribution, expert_map, running_mean, stacked_bars
 from padd_ds.report.source import Series
 
 
@@ -66,6 +68,12 @@ def test_bars_stand_on_each_other() -> None:
         boxes[variable] = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path[1])]
     # y grows downwards: the second bar ends where the first begins
     assert max(boxes["--series-2"]) == pytest.approx(min(boxes["--series-1"]))
+
+
+def test_a_distribution_ends_at_all_values_but_those_above_the_last_edge() -> None:
+    with patch.object(Axes, "step") as step:
+        distribution("d", "k", [0.1, 1.0, 10.0], [[1, 2, 4, 1]], "x")
+    assert step.call_args.args[1].tolist() == [1 / 8, 3 / 8, 7 / 8]
 
 
 def test_a_heat_map_is_an_image_of_one_pixel_per_cell() -> None:
