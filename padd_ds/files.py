@@ -1,6 +1,7 @@
 """Outputs that appear whole or not at all."""
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from padd_ds.errors import UserError
 
 ALMOST_FULL_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 22
 
 
 def check_output_free(path: Path, overwrite: bool) -> None:
@@ -61,6 +63,15 @@ def write_text_whole(path: Path, text: str) -> None:
             os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager

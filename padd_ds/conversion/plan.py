@@ -27,11 +27,10 @@ from padd_ds.conversion.teacher import (
     check_tied,
     local_folder,
     open_weights,
-    sha256_of,
 )
 from padd_ds.conversion.work import partial_folder
 from padd_ds.errors import UserError
-from padd_ds.files import free_bytes
+from padd_ds.files import free_bytes, sha256_of
 from padd_ds.hf import DTYPES, load_tokenizer, read_config
 
 STUDENT, TEACHER = "student", "teacher"

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from padd_ds.conversion.families import Family, head_dim_of, teacher_tensors
 from padd_ds.errors import UserError
+from padd_ds.files import sha256_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -184,15 +185,6 @@ def check_tied(config: Any, weights: TeacherWeights) -> None:
             f"{weights.folder}: tie_word_embeddings is true in config.json, and {head} differs from {embedding}; "
             "set it to false to use both, or delete the head"
         )
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:

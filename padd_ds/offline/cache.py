@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from padd_ds.errors import UserError
+from padd_ds.files import sha256_of
 
 INDEX_NAME, FORMAT = "cache.json", 1
 KEY_BYTES = 32
@@ -56,23 +57,9 @@ def write_shard(path: Path, rows: Sequence[RecordedRow], metadata: dict[str, str
 
 def write_index(folder: Path, facts: dict[str, Any], shards: Sequence[Path]) -> None:
     """Write cache.json with the checksum of every shard; a folder without it is no cache."""
-    entries = [{"file": shard.name, "sha256": file_hash(shard)} for shard in shards]
+    entries = [{"file": shard.name, "sha256": sha256_of(shard)} for shard in shards]
     document = {"format": FORMAT, **facts, "shards": entries}
     (folder / INDEX_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash_pieces(file)
-        )
-
-
-def _hash_pieces(file: Any) -> str:
-    digest = hashlib.sha256()
-    while piece := file.read(1 << 22):
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 @dataclass(kw_only=True)
@@ -140,7 +127,7 @@ class TeacherCache:
         if number not in self._open:
             entry = self.facts["shards"][number]
             path = self.folder / entry["file"]
-            if not path.is_file() or file_hash(path) != entry["sha256"]:
+            if not path.is_file() or sha256_of(path) != entry["sha256"]:
                 raise UserError(f"{path}: missing or changed since it was written; {REMEDY}")
             try:
                 self._open[number] = safe_open(path, framework="pt")

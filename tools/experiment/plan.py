@@ -26,7 +26,6 @@ class Plan:
 
     scale: Scale
     split: str = "test"
-    samples: str = "4"
 
     def train(self, config: str, seed: int, student: str, *overrides: str) -> tuple[tuple[str, ...], ...]:
         """Train, export."""
