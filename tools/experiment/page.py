@@ -10,7 +10,7 @@ from padd_ds.errors import UserError
 from padd_ds.files import write_text_whole
 from tools.experiment.cell import Cell
 from tools.experiment.figures import bars_figure, curves_figure
-from tools.experiment.settings import ABLATIONS, CHOICES, METHODS, SHAPES, STUDENTS, Scale
+from tools.experiment.settings import ABLATIONS, CHOICES, METHODS, SHAPES, STUDENTS, Scale, Shape
 from tools.experiment.statistics import Estimate, over_seeds, paired_over_questions, pooled
 
 Result = dict[str, Any]
@@ -61,7 +61,7 @@ def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name:
     for shape in scale.shapes:
         rows = main_rows(there, shape)
         if "padd" in rows:
-            parts.append(f"## {SHAPES[shape].title.capitalize()}\n\n{table(rows, rows['padd'])}")
+            parts.append(f"## {headline(SHAPES[shape])}\n\n{table(rows, rows['padd'])}")
             parts.append(figures_of(rows, figures, shape))
     rows = part_rows(there, scale.shapes[0])
     if rows:
@@ -70,6 +70,10 @@ def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name:
         parts.append(table({"padd": padd} | rows, padd))
     parts.append(provenance(there))
     write_text_whole(path, "\n\n".join(part.rstrip() for part in parts) + "\n")
+
+
+def headline(shape: Shape) -> str:
+    return shape.title[0].upper() + shape.title[1:]
 
 
 def read_result(results: Path, cell: Cell) -> Result | None:
