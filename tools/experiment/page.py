@@ -1,6 +1,7 @@
 """docs/results.md: tables and plots from the results of cells, and from nothing else."""
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,10 +37,11 @@ TITLES = {
     "without-iv": "w/o IV: auxiliary-loss balancing",
 }
 MAIN_ROWS = ("teacher-sft", "teacher", "converted", "warmed-up", "dense-narrowed", "dense-warmed-up", "dense-grpo")
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "experiment.md"
 HEAD = """# Results
 
 Made by `make {target}` (`python tools/repro.py --scale {scale}`) from the files under `{results}`; no number is typed
-by hand. What the experiment is, and how to read it, stands in [experiment.md](experiment.md). {done} of {total} cells
+by hand. What the experiment is, and how to read it, stands in [experiment.md]({guide}). {done} of {total} cells
 are there.
 
 Greedy Pass@1 in percent with the 95 % interval over the questions of these seeds; *sampled*: mean of 4 responses at
@@ -56,7 +58,9 @@ def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name:
     if not there:
         raise UserError(f"{results}: holds no result of these cells; run them first")
     target = {"full": "repro", "quick": "repro-quick"}.get(name, "repro")
-    parts = [HEAD.format(target=target, scale=name, results=results.name, done=len(there), total=len(cells))]
+    guide = os.path.relpath(GUIDE, path.absolute().parent)
+    counts = {"done": len(there), "total": len(cells)}
+    parts = [HEAD.format(target=target, scale=name, results=results.name, guide=guide, **counts)]
     figures = path.with_name(path.stem)
     for shape in scale.shapes:
         rows = main_rows(there, shape)
