@@ -81,7 +81,7 @@ bench-joint: $(READY)  ## STUDENT=dir TEACHER=dir PROBLEMS=file: what a PADD ste
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python tools/bench_joint.py --student "$(STUDENT)" --teacher "$(TEACHER)" \
 	    --data "$(PROBLEMS)"
 
-repro: $(READY)  ## the whole experiment, a night on two cores, resumable: results/full/, docs/results.md
+repro: $(READY)  ## the whole experiment, hours on two cores, resumable: results/full/, docs/results.md
 	$(BIN)/python tools/repro.py --scale full
 
 repro-quick: $(READY)  ## its main rows, one seed, less of everything: results/quick/, results/quick/results.md

@@ -64,7 +64,7 @@ def write_index(folder: Path, facts: dict[str, Any], shards: Sequence[Path]) -> 
 
 @dataclass(kw_only=True)
 class TeacherCache:
-    """A folder written by padd-cache; shards are checked when they are first read."""
+    """A folder written by padd-cache; `open` checks every shard against its SHA-256."""
 
     folder: Path
     facts: dict[str, Any]

@@ -39,7 +39,7 @@ class Scale:
     """How long everything is trained."""
 
     teacher: tuple[str, ...] = (
-        *("--hidden-size", "128", "--layers", "4", "--ffn-size", "512", "--heads", "4", "--kv-heads", "2"),
+        *("--hidden-size", "128", "--layers", "4", "--ffn-size", "512", "--heads", "4", "--kv-heads", "4"),
         *("--batch-size", "32", "--bare-share", "0.3", "--levels", "1", "2", "3", "--peak-lr", "4e-3"),
     )
     teacher_steps: int = 4000
