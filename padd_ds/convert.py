@@ -104,7 +104,15 @@ def _add_sizes(group: argparse._ArgumentGroup) -> None:
 def _add_texts(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--calibration", type=Path, help="text or .jsonl file of calibration data")
     group.add_argument(
-        "--calibration-field", default="text", help="JSONL field, or several separated by commas (default text)"
+        "--calibration-field",
+        default="text",
+        help="JSONL field of the texts; or QUESTION,SOLUTION, two fields of records that are taken as training shows "
+        "them, one row each (default text)",
+    )
+    group.add_argument(
+        "--calibration-template",
+        default="plain",
+        help="how a question of QUESTION,SOLUTION is asked, as data.template in a run file (default plain)",
     )
     group.add_argument(
         "--calibration-part",

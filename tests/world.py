@@ -93,7 +93,7 @@ def make_joint_stage(ranks: Ranks, config: RunConfig, expert_parallel: int, chec
             pad_token_id=tokenizer.pad_token_id,
             ranks_in_step=ranks.world > 1,
             keep_logprobs=config.policy.importance_cap is not None,
-            trace=student.tracing if config.routing.replay == "rollout" else None,
+            trace=student.tracing,
         ),
         tokenizer=tokenizer,
         problems=problems(),

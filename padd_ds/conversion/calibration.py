@@ -1,36 +1,67 @@
-"""Calibration data: a text or JSONL file becomes the inputs that each FFN of the teacher sees.
+"""Calibration data: the texts of a file become windows of token ids.
 
-Shapes: W windows, T tokens of a window, S = W * T tokens, D model width.
+Shapes: W windows, T tokens of a window.
 """
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+from padd_ds.data.problems import Problem
+from padd_ds.data.prompts import render, resolve_template
 from padd_ds.data.split import DEFAULT_FRACTIONS, part_of
 from padd_ds.errors import UserError
 
 WINDOW = 256
+LONGEST_ROW = 1024
+PADDING = -1
+"""Stands in windows of token ids behind the end of a row; what attends causally never sees it."""
 TEXT_BLOCK_CHARACTERS = 1 << 14
 
 
-def read_texts(path: Path, field: str, part: str | None = None) -> Iterator[str]:
-    """Pieces of text of a file, in its order.
+@dataclass(frozen=True, kw_only=True)
+class TextFile:
+    """A file of texts, and how it is read.
 
-    A name ending in .jsonl is read as one JSON object per line: the values of `field` (several
-    names separated by commas are joined by newlines), of the records whose first field is a question of
-    `part` where one is named. Any other file is plain text.
+    A name ending in .jsonl holds one JSON object per line: the values of one of its fields, or of two, a question and
+    its solution (`field` names them, separated by a comma); of the records whose first field is a question of `part`,
+    where one is named. The question stands in `template`. Any other file is plain text.
     """
-    try:
-        yield from _read_jsonl(path, field.split(","), part) if path.suffix == ".jsonl" else _read_text(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it to UTF-8") from error
+
+    path: Path
+    field: str = "text"
+    part: str | None = None
+    template: str = "plain"
+
+    @property
+    def fields(self) -> list[str]:
+        return self.field.split(",")
+
+    @property
+    def holds_rows(self) -> bool:
+        """Whether its texts are questions with their solutions."""
+        return self.path.suffix == ".jsonl" and len(self.fields) == 2
+
+    def read(self, tokenizer: Any) -> Iterator[str]:
+        """Its pieces of text, in its order."""
+        try:
+            if self.path.suffix != ".jsonl":
+                yield from _read_text(self.path)
+                return
+            template = resolve_template(self.template)
+            for values in _read_jsonl(self.path, self.fields, self.part):
+                problem = Problem(question=values[0], answer="")
+                yield values[0] if len(values) == 1 else render(template, problem, tokenizer) + values[1]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: not UTF-8 text ({error.reason}); convert it to UTF-8") from error
 
 
-def _read_jsonl(path: Path, fields: list[str], part: str | None) -> Iterator[str]:
+def _read_jsonl(path: Path, fields: list[str], part: str | None) -> Iterator[list[str]]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -46,7 +77,7 @@ def _read_jsonl(path: Path, fields: list[str], part: str | None) -> Iterator[str
                     f"{path}, line {number}: no field {missing[0]} (there: {present}); pass --calibration-field"
                 )
             if part is None or part_of(str(record[fields[0]]), DEFAULT_FRACTIONS) == part:
-                yield "\n".join(str(record[name]) for name in fields)
+                yield [str(record[name]) for name in fields]
 
 
 def _read_text(path: Path) -> Iterator[str]:
@@ -55,22 +86,42 @@ def _read_text(path: Path) -> Iterator[str]:
             yield "".join(lines)
 
 
-def token_windows(path: Path, option: str, texts: Iterable[str], tokenizer: Any, n_tokens: int) -> torch.Tensor:
-    """[W, T] token ids: the first `n_tokens` tokens of the file's texts, cut into windows of at most WINDOW.
+def token_windows(file: TextFile, option: str, tokenizer: Any, n_tokens: int) -> torch.Tensor:
+    """[W, T] token ids: the first `n_tokens` tokens of the file, cut into windows of at most WINDOW.
 
     JSONL records are separated by the end token. UserError where the file has fewer tokens than `option` asks for.
     """
-    separator = [tokenizer.eos_token_id] if path.suffix == ".jsonl" else []
-    tokens: list[int] = []
-    for text in texts:
-        tokens += tokenizer(text, add_special_tokens=False)["input_ids"] + separator
-        if len(tokens) >= n_tokens:
-            break
-    tokens = tokens[:n_tokens]
-    if len(tokens) < n_tokens:
-        raise UserError(
-            f"{path}: holds {len(tokens)} tokens, and {option} asks for {n_tokens}; give more text, or less"
-        )
+    pieces = _tokenised(file, tokenizer, ends=file.path.suffix == ".jsonl")
+    tokens = [token for piece in _first(file, option, pieces, n_tokens) for token in piece]
     window = min(WINDOW, len(tokens))
     count = len(tokens) // window
     return torch.tensor(tokens[: count * window]).view(count, window)
+
+
+def token_rows(file: TextFile, option: str, tokenizer: Any, n_tokens: int) -> torch.Tensor:
+    """[W, T] token ids: one row per record as training shows it, with its end token and PADDING behind it.
+
+    Rows are cut at LONGEST_ROW; together they have `n_tokens` tokens. UserError where the file has fewer.
+    """
+    pieces = (piece[:LONGEST_ROW] for piece in _tokenised(file, tokenizer, ends=True))
+    rows = [torch.tensor(piece) for piece in _first(file, option, pieces, n_tokens)]
+    return pad_sequence(rows, batch_first=True, padding_value=PADDING)
+
+
+def _tokenised(file: TextFile, tokenizer: Any, *, ends: bool) -> Iterator[list[int]]:
+    end = [tokenizer.eos_token_id] if ends else []
+    for text in file.read(tokenizer):
+        yield tokenizer(text, add_special_tokens=False)["input_ids"] + end
+
+
+def _first(file: TextFile, option: str, pieces: Iterable[list[int]], n_tokens: int) -> list[list[int]]:
+    """The first `n_tokens` tokens of all pieces, the last one cut."""
+    found, missing = [], n_tokens
+    for piece in pieces:
+        found.append(piece[:missing])
+        missing -= len(found[-1])
+        if not missing:
+            return found
+    raise UserError(
+        f"{file.path}: holds {n_tokens - missing} tokens, and {option} asks for {n_tokens}; give more text, or less"
+    )

@@ -32,7 +32,9 @@ from padd_ds.conversion.plan import (
     open_teacher,
     plain,
     text_windows,
+    tokens_used,
     versions,
+    without_padding,
 )
 from padd_ds.conversion.report import FILE_NAME, PAGE_NAME
 from padd_ds.conversion.router import SIGMOID_SLOPE
@@ -181,9 +183,10 @@ def _route(
     gate_FD, up_FD, down_DF = (getattr(teacher.ffn, f"{part}_proj").weight.data for part in ("gate", "up", "down"))
     teacher_x_SD = student_x_SD = None
     if CALIBRATION in pair.windows:
-        teacher_x_SD = teacher.attend(states[f"{CALIBRATION}/{TEACHER}"])[1].flatten(0, 1).to(device)
-        block = _student_block(pair, layer, stored)
-        student_x_SD = block.attend(states[f"{CALIBRATION}/{AFTER}"])[1].flatten(0, 1).to(device)
+        teacher_x_BTD = teacher.attend(states[f"{CALIBRATION}/{TEACHER}"])[1]
+        student_x_BTD = _student_block(pair, layer, stored).attend(states[f"{CALIBRATION}/{AFTER}"])[1]
+        teacher_x_SD = without_padding(pair.windows, teacher_x_BTD).to(device)
+        student_x_SD = without_padding(pair.windows, student_x_BTD).to(device)
     student = StudentRouter(
         weight_ED=stored[f"{pair.router}.weight"].to(device, torch.float32),
         x_SD=student_x_SD,
@@ -303,7 +306,7 @@ def _contents(pair: Existing, perplexity: dict[str, float], layers: list[dict[st
         "student": {"source": options.student, "model_type": pair.config.model_type, "sha256": pair.weights.sha256},
         "versions": versions(),
         "options": {name: plain(value) for name, value in asdict(options).items()},
-        "tokens_used": {name: windows_WT.numel() for name, windows_WT in pair.windows.items()},
+        "tokens_used": tokens_used(pair.windows),
         "perplexity": perplexity,
         "layers": layers,
         "controls": {},

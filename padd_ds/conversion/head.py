@@ -16,7 +16,7 @@ TOKENS_AT_A_TIME = 1 << 12
 
 def embed(weights: TeacherWeights, windows_BT: torch.Tensor) -> torch.Tensor:
     """[B, T, D] embeddings in the stored dtype; only the rows of those tokens are read."""
-    ids_U, inverse_BT = windows_BT.unique(return_inverse=True)
+    ids_U, inverse_BT = windows_BT.clamp(min=0).unique(return_inverse=True)
     return weights.pick("model.embed_tokens.weight", ids_U)[inverse_BT]
 
 

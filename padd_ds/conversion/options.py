@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from padd_ds.data.prompts import resolve_template
 from padd_ds.errors import UserError
 
 CLUSTERINGS = ("activations", "weights", "mixed", "random", "contiguous")
@@ -31,7 +32,9 @@ class ConversionOptions:
     cluster: how the routed neurons are grouped, one of CLUSTERINGS.
     router: where the router's rows come from, one of ROUTERS.
     calibration: text file, or JSONL file, of the calibration data; needed for `activations` and `calibrated`.
-    calibration_field: field of the JSONL records, or several separated by commas (joined by newlines).
+    calibration_field: field of the JSONL records that holds a text; or two, separated by a comma, that hold a question
+        and its solution. Those are taken as training shows them: one row each, the question in a template.
+    calibration_template: name of that template, or a text with {question} in it.
     calibration_part: use only the JSONL records of this part (A, B, C or D) of the training set, by the hash of
         the first field; None uses all.
     calibration_tokens: how many tokens of it are used.
@@ -63,6 +66,7 @@ class ConversionOptions:
     router: str = "calibrated"
     calibration: Path | None = None
     calibration_field: str = "text"
+    calibration_template: str = "plain"
     calibration_part: str | None = None
     calibration_tokens: int = 16384
     weight_features: str = "gate"
@@ -172,6 +176,9 @@ class ConversionOptions:
             raise UserError(f"--evaluation {self.evaluation}: no such file")
         if self.controls and self.evaluation is None:
             raise UserError("--controls compares perplexities; pass a text or JSONL file as --evaluation")
+        if self.calibration_field.count(",") > 1:
+            raise UserError(f"--calibration-field {self.calibration_field}: name one field, or question,solution")
+        resolve_template(self.calibration_template)
         if self.calibration_part is not None:
             _check_choice("--calibration-part", self.calibration_part, PARTS)
             if self.calibration is None or self.calibration.suffix != ".jsonl":

@@ -1,6 +1,6 @@
 """Everything about a conversion that is checked and known before its first layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import padd_ds
-from padd_ds.conversion.calibration import read_texts, token_windows
+from padd_ds.conversion.calibration import PADDING, TextFile, token_rows, token_windows
 from padd_ds.conversion.companions import check_tokenizer
 from padd_ds.conversion.costs import model_costs
 from padd_ds.conversion.exactness import probe_tokens
@@ -60,7 +60,8 @@ class OpenTeacher(Teacher):
 class Plan:
     """A conversion whose input has been checked.
 
-    windows: token ids [W, T] of the `probe`, and of the `calibration` and `evaluation` texts where given.
+    windows: token ids [W, T] of the `probe`, and of the `calibration` and `evaluation` texts where given; PADDING may
+        stand at the end of the rows of `calibration`.
     variants: the options of the student, and of the controls that are evaluated beside it.
     """
 
@@ -191,16 +192,28 @@ def text_windows(options: ConversionOptions, folders: Sequence[Path]) -> dict[st
     for name, (path, part, n_tokens) in texts.items():
         if path is None:
             continue
+        template = options.calibration_template
+        file = TextFile(path=path, field=options.calibration_field, part=part, template=template)
+        cut = token_rows if name == CALIBRATION and file.holds_rows else token_windows
         for folder in folders:
             tokenizer = load_tokenizer(str(folder), trust_remote_code=options.trust_remote_code)
-            pieces = read_texts(path, options.calibration_field, part)
-            found_WT = token_windows(path, f"--{name}-tokens", pieces, tokenizer, n_tokens)
+            found_WT = cut(file, f"--{name}-tokens", tokenizer, n_tokens)
             if not torch.equal(windows.setdefault(name, found_WT), found_WT):
                 raise UserError(
                     f"{folder}: its tokenizer reads {path} differently from that of {folders[0]}; "
                     "teacher and student must share their tokens"
                 )
     return windows
+
+
+def without_padding(windows: Mapping[str, torch.Tensor], states_WTD: torch.Tensor) -> torch.Tensor:
+    """[S, D]: what is there of the calibration windows' states [W, T, D] without the padding."""
+    return states_WTD[windows[CALIBRATION] != PADDING]
+
+
+def tokens_used(windows: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """How many tokens of every text there are."""
+    return {name: int((ids_WT != PADDING).sum()) for name, ids_WT in windows.items()}
 
 
 def _variants(options: ConversionOptions) -> dict[str, ConversionOptions]:

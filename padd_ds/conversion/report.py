@@ -7,7 +7,7 @@ from typing import Any
 
 from padd_ds.conversion.costs import ATTENTION_CONTEXT, Cost, model_costs
 from padd_ds.conversion.exactness import Exactness
-from padd_ds.conversion.plan import STUDENT, Plan, plain, versions
+from padd_ds.conversion.plan import STUDENT, Plan, plain, tokens_used, versions
 
 FILE_NAME, PAGE_NAME = "padd_conversion.json", "padd_conversion.html"
 
@@ -26,7 +26,7 @@ def write_report(
         },
         "versions": versions(),
         "options": {**{name: plain(value) for name, value in asdict(options).items()}, "dtype": plan.dtype_name},
-        "tokens_used": {name: windows.numel() for name, windows in plan.windows.items()},
+        "tokens_used": tokens_used(plan.windows),
         "slices": {
             "ffn_width": slicing.width,
             "slice_width": slicing.slice_width,

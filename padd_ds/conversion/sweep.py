@@ -1,6 +1,6 @@
 """One layer of a conversion: every stream of hidden states passes through it, and its experts are cut.
 
-Shapes: B windows, T tokens of a window, S = B * T tokens, D model width.
+Shapes: B windows, T tokens of a window, S tokens without the padding, D model width.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from padd_ds.conversion.exactness import advance_probes, fully_active, probe_sta
 from padd_ds.conversion.families import FFN_TENSORS, copied_layer_tensors, layer_tensors
 from padd_ds.conversion.head import embed
 from padd_ds.conversion.layer import ConvertedLayer, Ffn, LayerInputs, convert_layer
-from padd_ds.conversion.plan import CALIBRATION, EVALUATION, STUDENT, TEACHER, Plan
+from padd_ds.conversion.plan import CALIBRATION, EVALUATION, STUDENT, TEACHER, Plan, without_padding
 from padd_ds.conversion.targets import LayerTargets
 from padd_ds.conversion.writer import moe_tensors, write_shard
 from padd_ds.errors import UserError
@@ -119,9 +119,9 @@ def _convert_variant(
     if teacher_x_BTD is not None:
         after_BTD, x_BTD = teacher.attend(states[f"{CALIBRATION}/{variant}"])
         inputs = LayerInputs(
-            teacher_SD=teacher_x_BTD.flatten(0, 1).to(device),
-            student_SD=x_BTD.flatten(0, 1).to(device),
-            stream_SD=after_BTD.flatten(0, 1).to(device),
+            teacher_SD=without_padding(plan.windows, teacher_x_BTD).to(device),
+            student_SD=without_padding(plan.windows, x_BTD).to(device),
+            stream_SD=without_padding(plan.windows, after_BTD).to(device),
         )
     generator = torch.Generator().manual_seed(derive_seed(options.seed, layer))
     ffn = Ffn(gate_FD=gate_FD, up_FD=up_FD, down_DF=down_DF)

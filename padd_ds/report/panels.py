@@ -118,8 +118,13 @@ CURVES = (
     CurvePanel(
         title="Flips of expert choice",
         unit="share of routed slots",
-        metrics={"router_flips": "since the old policy", "load_reward_distance": "rewarded against unrewarded"},
-        caption="Slots whose expert the policy that answered had not chosen, and how far apart the experts of "
+        metrics={
+            "router_flips": "since the old policy",
+            "router_flips_rollout": "scoring against rollout",
+            "load_reward_distance": "rewarded against unrewarded",
+        },
+        caption="Slots whose expert the policy before these updates had not chosen, or where the same weights chose "
+        "otherwise in the rollout (arithmetic of the two passes differs); and how far apart the experts of "
         "rewarded and unrewarded tokens are. Good: few flips; with many, replay the routing (routing.replay).",
         from_zero=True,
     ),

@@ -238,7 +238,7 @@ def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointS
             pad_token_id=inputs.tokenizer.pad_token_id,
             ranks_in_step=ranks.world > 1,
             keep_logprobs=config.policy.importance_cap is not None,
-            trace=student.tracing if config.routing.replay == "rollout" and student.layers else None,
+            trace=student.tracing if student.layers else None,
         ),
         tokenizer=inputs.tokenizer,
         problems=inputs.data.problems,

@@ -76,7 +76,7 @@ class JointStage:
         sums, statistics = MetricSums(), RoutingStatistics.start(self.student)
         self._shift_counts.zero_()
         with self.student.routing("routed", noise=self.config.routing.noise):
-            updates = self._score(rollout.batch, step)
+            updates = self._score(rollout.batch, step, sums)
             scored_s = time.perf_counter()
             for update, micro_batches in enumerate(updates):
                 # The last update: at the first one the ratios are 1, and nothing has moved.
@@ -116,7 +116,7 @@ class JointStage:
         self.balance = BalanceState.from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
         self._install(self.balance.bias_LE)
 
-    def _score(self, batch: RolloutBatch, step: int) -> list[list[MicroBatch]]:
+    def _score(self, batch: RolloutBatch, step: int, sums: MetricSums) -> list[list[MicroBatch]]:
         """The responses dealt out at random to the updates, with the old policy's view of each."""
         config, ranks = self.config, self.student.ranks
         generator = torch.Generator().manual_seed(derive_seed(config.seed, step, ranks.rank))
@@ -127,17 +127,22 @@ class JointStage:
             by_length_B = rows_B[lengths_B[rows_B].argsort()]
             updates.append(
                 [
-                    self._score_micro_batch(batch.rows(rows), derive_seed(config.seed, step, ranks.rank, update, index))
+                    self._score_micro_batch(
+                        batch.rows(rows), derive_seed(config.seed, step, ranks.rank, update, index), sums
+                    )
                     for index, rows in enumerate(by_length_B.split(config.micro_batch_size))
                 ]
             )
         return updates
 
     @torch.no_grad()
-    def _score_micro_batch(self, batch: RolloutBatch, routing_seed: int) -> MicroBatch:
-        with self.student.replaying(layer_routes(batch)):
+    def _score_micro_batch(self, batch: RolloutBatch, routing_seed: int, sums: MetricSums) -> MicroBatch:
+        routes = layer_routes(batch)
+        with self.student.replaying(routes if self.config.routing.replay == "rollout" else None):
             logprobs_BR, _, record = self._forward(self.student.engine, batch, routing_seed)
         layers = range(len(self.student.layers))
+        if routes:
+            _add_flips(sums, "router_flips_rollout", record, routes, batch)
         old = OldPolicy(
             logprobs_BR=logprobs_BR,
             reference_logprobs_BR=self._reference_logprobs(batch),
@@ -251,7 +256,7 @@ class JointStage:
         _add_policy_metrics(sums, terms, loss_count(batch.response_mask_BR, self.policy_options))
         sums.add("loss_kd", kd_sum, terms.tokens)
         sums.add("router_shift", (shift_BR * batch.response_mask_BR).sum(), terms.tokens)
-        self._add_flips(micro_batch, record, sums)
+        _add_flips(sums, "router_flips", record, micro_batch.old.selected_SK, batch)
         return loss_terms, record, shift_BR
 
     def _advantages(self, micro_batch: MicroBatch, sums: MetricSums) -> torch.Tensor:
@@ -275,18 +280,6 @@ class JointStage:
             for layer, router in enumerate(self.student.routers)
         ]
         return torch.stack(per_layer).mean()
-
-    def _add_flips(self, micro_batch: MicroBatch, record: RoutingRecord, sums: MetricSums) -> None:
-        """How many of the chosen experts are not those of the old policy, over real tokens and layers."""
-        mask_S = micro_batch.batch.attention_mask_BL.flatten()
-        per_layer = [
-            choice_flips(record.selected_SK[layer], old_SK, mask_S)
-            for layer, old_SK in enumerate(micro_batch.old.selected_SK)
-        ]
-        if not per_layer:
-            return
-        slots = mask_S.sum() * sum(old_SK.shape[1] for old_SK in micro_batch.old.selected_SK)
-        sums.add("router_flips", torch.stack(per_layer).sum(), slots)
 
     def _shift(self, micro_batch: MicroBatch, record: RoutingRecord) -> torch.Tensor:
         """Gamma [B, R]: at the positions that predict each token, averaged over layers (Choice)."""
@@ -369,6 +362,20 @@ class JointStage:
     @property
     def _bias_slot(self) -> str:
         return {"selection": "e_score_correction_bias", "logit": "logit_bias"}[self.config.balance.target]
+
+
+def _add_flips(
+    sums: MetricSums, name: str, record: RoutingRecord, other: list[torch.Tensor], batch: RolloutBatch
+) -> None:
+    """How many of the chosen experts are not among those of `other`, one [S, K] per layer, over real tokens and layers.
+
+    A token that `other` has not routed (negative) does not count.
+    """
+    if not other:
+        return
+    mask_S = batch.attention_mask_BL.flatten().bool() & (other[0][:, 0] >= 0)
+    flips = [choice_flips(record.selected_SK[layer], other_SK, mask_S) for layer, other_SK in enumerate(other)]
+    sums.add(name, torch.stack(flips).sum(), mask_S.sum() * sum(other_SK.shape[1] for other_SK in other))
 
 
 def _add_policy_metrics(sums: MetricSums, terms: PolicyTerms, n_policy: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from padd_ds.conversion.calibration import read_texts, token_windows
+from padd_ds.conversion.calibration import PADDING, TextFile, token_rows, token_windows
 from padd_ds.conversion.families import layer_map
 from padd_ds.conversion.targets import (
     FILE_NAME,
@@ -28,29 +28,34 @@ def write_records(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def test_jsonl_fields_are_joined_in_the_order_given(tmp_path: Path) -> None:
-    path = write_records(tmp_path / "data.jsonl", [{"question": "1+1?", "answer": 2}, {"question": "q", "answer": "a"}])
-    assert list(read_texts(path, "question,answer")) == ["1+1?\n2", "q\na"]
+def test_rows_are_questions_in_their_template_with_their_solutions(tmp_path: Path) -> None:
+    records = [{"question": "1+1?", "answer": 2}, {"question": "q", "answer": "abc"}]
+    path = write_records(tmp_path / "data.jsonl", records)
+    tokenizer = byte_tokenizer()
+    file = TextFile(path=path, field="question,answer", template="Q: {question} ")
+    rows_WT = token_rows(file, "--tokens", tokenizer, 17)
+    assert [tokenizer.decode(row[row != PADDING]) for row in rows_WT] == ["Q: 1+1? 2</s>", "Q: q ab"]
+    assert (rows_WT != PADDING).sum() == 17
 
 
 def test_absent_field_is_named_with_its_line(tmp_path: Path) -> None:
     path = write_records(tmp_path / "data.jsonl", [{"text": "a"}, {"question": "b"}])
     with pytest.raises(UserError, match=r"data.jsonl, line 2: no field text \(there: question\)"):
-        list(read_texts(path, "text"))
+        list(TextFile(path=path).read(byte_tokenizer()))
 
 
 def test_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": \n')
     with pytest.raises(UserError, match="line 3: not JSON"):
-        list(read_texts(path, "text"))
+        list(TextFile(path=path).read(byte_tokenizer()))
 
 
 def test_windows_hold_the_first_tokens_of_the_text(tmp_path: Path) -> None:
     path = tmp_path / "data.txt"
     path.write_text("abcdefgh" * 100, encoding="utf-8")
     tokenizer = byte_tokenizer()
-    windows_WT = token_windows(path, "--tokens", read_texts(path, "text"), tokenizer, 600)
+    windows_WT = token_windows(TextFile(path=path), "--tokens", tokenizer, 600)
     assert windows_WT.shape == (2, 256)
     assert tokenizer.decode(windows_WT.flatten()) == "abcdefgh" * 64
 
@@ -58,7 +63,7 @@ def test_windows_hold_the_first_tokens_of_the_text(tmp_path: Path) -> None:
 def test_records_are_separated_by_the_end_token(tmp_path: Path) -> None:
     path = write_records(tmp_path / "data.jsonl", [{"text": "ab"}, {"text": "c"}])
     tokenizer = byte_tokenizer()
-    windows_WT = token_windows(path, "--tokens", read_texts(path, "text"), tokenizer, 5)
+    windows_WT = token_windows(TextFile(path=path), "--tokens", tokenizer, 5)
     assert tokenizer.decode(windows_WT[0]) == "ab</s>c</s>"
 
 
@@ -67,7 +72,7 @@ def test_file_with_too_few_tokens_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "data.txt"
     path.write_text(text)
     with pytest.raises(UserError, match=f"data.txt: holds {len(text)} tokens, and --calibration-tokens asks for 100"):
-        token_windows(path, "--calibration-tokens", read_texts(path, "text"), byte_tokenizer(), 100)
+        token_windows(TextFile(path=path), "--calibration-tokens", byte_tokenizer(), 100)
 
 
 def test_a_part_holds_the_questions_that_training_leaves_out(tmp_path: Path) -> None:
@@ -76,7 +81,8 @@ def test_a_part_holds_the_questions_that_training_leaves_out(tmp_path: Path) -> 
     path = write_records(tmp_path / "data.jsonl", records)
     parts = split_problems(problems).parts
     for part in ("A", "C"):
-        assert list(read_texts(path, "q,a", part)) == [f"{p.question}\n{p.answer}" for p in parts[part]]
+        file = TextFile(path=path, field="q,a", part=part)
+        assert list(file.read(byte_tokenizer())) == [f"{p.question}{p.answer}" for p in parts[part]]
 
 
 def test_shards_are_named_finally_from_the_start_and_indexed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from padd_ds.conversion import sweep
 from padd_ds.conversion.options import ConversionOptions
 from padd_ds.conversion.pipeline import convert
 from padd_ds.conversion.targets import load_targets
@@ -294,3 +295,16 @@ def test_first_layers_stay_dense(tmp_path: Path, llama_teacher: Path, calibratio
     with torch.no_grad():
         expected = float(student(ids_BT, labels=ids_BT).loss.exp())
     assert report.contents["perplexity"]["student"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_padding_of_rows_leaves_no_trace(tmp_path: Path, llama_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    records = [{"question": "sum of " + "x" * n, "solution": "is " + "1" * (40 - n)} for n in range(0, 40, 2)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = {"calibration_field": "question,solution", "calibration_tokens": 900, "replicate": 2, "even_load": True}
+    convert(options(llama_teacher, tmp_path / "one", path, **rows))
+    embed = sweep.embed
+    monkeypatch.setattr(sweep, "embed", lambda weights, ids_WT: embed(weights, ids_WT.where(ids_WT >= 0, 77)))
+    convert(options(llama_teacher, tmp_path / "other", path, **rows))
+    one, other = stored_tensors(tmp_path / "one"), stored_tensors(tmp_path / "other")
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())

@@ -16,7 +16,7 @@ def metrics(step: int) -> dict[str, float]:
     """All that a warm-up and a joint step log together."""
     names = ("loss_lm", "loss_kd", "loss_init", "loss_policy", "reward", "reward_correct", "response_tokens")
     names += ("response_truncated", "answer_missing", "router_shift", "kl_old_nats", "load_max_violation")
-    names += ("router_flips", "load_reward_distance", "grad_norm_policy", "grad_norm_kd")
+    names += ("router_flips", "router_flips_rollout", "load_reward_distance", "grad_norm_policy", "grad_norm_kd")
     names += ("router_entropy_nats", "seconds_rollout", "seconds_scoring", "seconds_update")
     return {"step": step, **dict.fromkeys(names, 0.5 + 0.01 * step), "shift_penalty": 0.002, "ratio_deviation": 0.1}
 

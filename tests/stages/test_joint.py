@@ -168,6 +168,14 @@ def test_traced_routes_are_those_of_one_forward_pass(share_prefill: bool) -> Non
         assert all(1 <= count <= 6 for count in found["unseen"])
 
 
+def test_flips_between_rollout_and_scoring_are_those_of_the_noise() -> None:
+    runs = [{}, {"routing": RoutingConfig(noise=0.5)}, {"routing": RoutingConfig(noise=0.5, replay="rollout")}]
+    still, noisy, replayed = run_ranks(one_step_each, 2, runs)[0]
+    assert still["metrics"]["router_flips_rollout"] == 0
+    assert noisy["metrics"]["router_flips_rollout"] > 0.05
+    assert replayed["metrics"]["router_flips_rollout"] == 0
+
+
 def test_replay_of_the_rollout_reaches_the_scores_and_the_updates() -> None:
     replayed = run_ranks(one_step_each, 2, [{"routing": RoutingConfig(replay="rollout")}])[0][0]
     assert replayed["metrics"]["router_flips"] == 0

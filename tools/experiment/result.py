@@ -16,6 +16,7 @@ CURVES = (
     "groups_without_spread",
     "router_shift",
     "router_flips",
+    "router_flips_rollout",
     "ratio_deviation",
     "clip_fraction",
     "load_max_violation",

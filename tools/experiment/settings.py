@@ -43,7 +43,7 @@ class Scale:
         *("--batch-size", "32", "--bare-share", "0.3", "--levels", "1", "2", "3", "--peak-lr", "4e-3"),
     )
     teacher_steps: int = 4000
-    teacher_rollouts: int = 100
+    teacher_rollouts: int = 150
     warmup_steps: int = 150
     joint_rollouts: int = 60
     calibration_tokens: int = 16384
@@ -52,7 +52,7 @@ class Scale:
     part_seeds: tuple[int, ...] = (0, 1, 2)
     """Of ablations, Choices and other students, in the first shape."""
     shapes: tuple[str, ...] = tuple(SHAPES)
-    train_problems: int = 1200
+    train_problems: int = 3000
     validation_problems: int = 150
     test_problems: int = 200
 
