@@ -145,7 +145,7 @@ def made_up_result(cell: Cell, greedy: str) -> dict:
         "seconds": 60.0,
         "headline": {"problems": {"pass_at_1": 0.5}, "samples": samples, "routing": routing},
         "greedy": greedy,
-        "sampled": [],
+        "sampled": "",
         "curves": {"reward_correct": [0.1, 0.2, 0.3], "load_max_violation": [0.4, 0.3, 0.2]},
     }
 
@@ -163,6 +163,10 @@ def test_the_page_has_every_row_its_figures_and_its_commands(tmp_path):
     for title in ("Teacher (GRPO)", "Dense-GRPO", "RSPO", "w/o I:", "sign-literal", "random-clusters"):
         assert title in text
     assert "| **PADD** | 0, 1, 2, 3, 4 | 75.0 (" in text and "+25.0 (" in text
+    search = text.split("## The search")[1].split("## Commands")[0]
+    assert search.count("| PADD |") == 8
+    rates = [line for line in search.splitlines() if line.startswith("| Vanilla-GRPO | ")]
+    assert len(rates) == 3 and sum("| **`optimizer.learning_rate=" in line for line in rates) == 1
     for figure in (tmp_path / "page").iterdir():
         assert f"(page/{figure.name})" in text
     assert len(list((tmp_path / "page").iterdir())) == 9

@@ -5,16 +5,16 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from padd_ds.errors import UserError
 from padd_ds.files import write_text_whole
 from tools.experiment.cell import Cell
 from tools.experiment.figures import bars_figure, curves_figure
+from tools.experiment.result import Result
+from tools.experiment.search import search_section
 from tools.experiment.settings import ABLATIONS, CHOICES, METHODS, SHAPES, STUDENTS, Scale, Shape
 from tools.experiment.statistics import Estimate, over_seeds, paired_over_questions, pooled
 
-Result = dict[str, Any]
 Group = list[Result]
 """Results of one row, one per seed, in the order of seeds."""
 
@@ -22,9 +22,10 @@ TITLES = {
     "teacher-sft": "Teacher, before GRPO",
     "teacher": "**Teacher (GRPO)**",
     "converted": "Base: the converted student",
-    "warmed-up": "warmed-up student",
+    "sft": "the same after SFT",
+    "warmed-up": "the same after Stage I b",
     "dense-narrowed": "dense of that active size, cut",
-    "dense-warmed-up": "the same, warmed up",
+    "dense-sft": "the same after SFT",
     "dense-grpo": "Dense-GRPO",
     "vanilla-grpo": "Vanilla-GRPO",
     "gspo": "GSPO",
@@ -32,11 +33,15 @@ TITLES = {
     "online-kd": "Online KD",
     "padd": "**PADD**",
     "without-i": "w/o I: random experts and router, no warm-up",
+    "without-i-b": "w/o I b: no warm-up",
+    "without-i-teacher": "w/o the teacher in I b: SFT",
     "without-ii": "w/o II: fixed temperature",
+    "without-kd": "w/o II and KD",
     "without-iii": "w/o III: plain GRPO",
     "without-iv": "w/o IV: auxiliary-loss balancing",
+    "without-ii-iii-iv": "I alone, then Vanilla-GRPO",
 }
-MAIN_ROWS = ("teacher-sft", "teacher", "converted", "warmed-up", "dense-narrowed", "dense-warmed-up", "dense-grpo")
+MAIN_ROWS = ("teacher-sft", "teacher", "converted", "sft", "warmed-up", "dense-narrowed", "dense-sft", "dense-grpo")
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "experiment.md"
 HEAD = """# Results
 
@@ -72,8 +77,11 @@ def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name:
         padd = main_rows(there, scale.shapes[0])["padd"]
         parts.append(f"## PADD without its parts, and with other Choices ({SHAPES[scale.shapes[0]].title})\n")
         parts.append(table({"padd": padd} | rows, padd))
+    searched = [result for result in there.values() if result["kind"] == "search"]
+    first = main_rows(there, scale.shapes[0])
+    parts.append(search_section(searched, {name: group[0] for name, group in first.items()}, TITLES))
     parts.append(provenance(there))
-    write_text_whole(path, "\n\n".join(part.rstrip() for part in parts) + "\n")
+    write_text_whole(path, "\n\n".join(part.rstrip() for part in parts if part) + "\n")
 
 
 def headline(shape: Shape) -> str:
@@ -108,7 +116,7 @@ def part_rows(there: dict[str, Result], shape: str) -> dict[str, Group]:
     for result in there.values():
         if result.get("shape") == shape and result["kind"] == "joint":
             rows[result["method"]].append(result)
-    names = (*ABLATIONS, "without-i", *CHOICES, *STUDENTS)
+    names = (*ABLATIONS, *CHOICES, *STUDENTS)
     return {name: in_order(rows[name]) for name in names if name in rows}
 
 
@@ -194,7 +202,7 @@ def provenance(there: dict[str, Result]) -> str:
     lines = ["## Commands", "", f"Commits: {', '.join(commits)}. {where}."]
     shown_rows: set[str] = set()
     for result in there.values():
-        row = result.get("method") or result["kind"]
+        row = result.get("method") or result.get("row") or result["kind"]
         key = f"{result.get('shape', '')} {row}".strip()
         if key not in shown_rows:
             shown_rows.add(key)

@@ -1,9 +1,22 @@
 """The cells of the experiment, from its settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tools.experiment.cell import Cell
-from tools.experiment.settings import ABLATIONS, CHOICES, METHODS, SHAPES, STUDENTS, Scale
+from tools.experiment.settings import (
+    ABLATIONS,
+    CHOICES,
+    CONVERSION,
+    DENSE_GRPO,
+    METHODS,
+    PADD,
+    SEARCH,
+    SFT,
+    SHAPES,
+    STUDENTS,
+    Method,
+    Scale,
+)
 
 EVALUATION = ["--pattern", r"#(-?\d+)$", "--answer-format", "pattern", "--template", "plain"]
 EVALUATION += ["--subject-field", "subject", "--solution-field", "solution", "--max-new-tokens", "48"]
@@ -69,12 +82,12 @@ class Plan:
 
     def converted(self, seed: int, shape: str, name: str = "converted", *options: str) -> Cell:
         words = ("padd-convert", "--teacher", model_of(f"seed{seed}/teacher"), "--output", "{here}/model")
-        data = ["--calibration", data_of(seed, "train"), "--calibration-part", "A"]
-        data += ["--calibration-field", "question,solution", "--seed", str(seed)]
+        data = ["--calibration", data_of(seed, "train"), "--seed", str(seed)]
         data += ["--calibration-tokens", str(self.scale.calibration_tokens)]
+        options = (*SHAPES[shape].convert, *data, *CONVERSION, *options)
         return Cell(
             name=f"seed{seed}/{shape}/{name}",
-            commands=((*words, *SHAPES[shape].convert, *data, *options), self.evaluate(seed, "--routing")),
+            commands=((*words, *options), self.evaluate(seed, "--routing")),
             needs=(f"seed{seed}/teacher-sft", f"seed{seed}/teacher"),
             facts={"kind": name, "seed": seed, "shape": shape},
         )
@@ -92,10 +105,14 @@ class Plan:
             facts={"kind": name, "seed": seed, "shape": shape},
         )
 
-    def joint(self, seed: int, shape: str, name: str, overrides: tuple[str, ...], start: str = "warmed-up") -> Cell:
-        before, teacher = f"seed{seed}/{shape}/{start}", f"seed{seed}/teacher"
+    def sft(self, seed: int, shape: str) -> Cell:
+        """The baselines' student."""
+        return self.warmed_up(seed, shape, "sft", "converted", *SFT)
+
+    def joint(self, seed: int, shape: str, name: str, method: Method) -> Cell:
+        before, teacher = f"seed{seed}/{shape}/{method.start}", f"seed{seed}/teacher"
         fixed = (f"model.teacher={model_of(teacher)}", f"steps={self.scale.joint_rollouts}")
-        commands = self.train("joint", seed, model_of(before), *fixed, *overrides)
+        commands = self.train("joint", seed, model_of(before), *fixed, *method.overrides)
         return Cell(
             name=f"seed{seed}/{shape}/joint/{name}",
             commands=(*commands, self.evaluate(seed, "--routing", "--routing-before", model_of(before))),
@@ -114,47 +131,70 @@ class Plan:
             facts={"kind": "dense-narrowed", "seed": seed, "shape": shape},
         )
 
-    def dense_warmed_up(self, seed: int, shape: str) -> Cell:
-        before, teacher = f"seed{seed}/{shape}/dense/narrowed", f"seed{seed}/teacher"
-        fixed = (f"model.teacher={model_of(teacher)}", f"steps={self.scale.warmup_steps}", "warmup.init_weight=0")
+    def dense_sft(self, seed: int, shape: str) -> Cell:
+        before = f"seed{seed}/{shape}/dense/narrowed"
+        commands = self.train("warmup", seed, model_of(before), f"steps={self.scale.warmup_steps}", *SFT)
         return Cell(
-            name=f"seed{seed}/{shape}/dense/warmed-up",
-            commands=(*self.train("warmup", seed, model_of(before), *fixed), self.evaluate(seed)),
-            needs=(f"seed{seed}/teacher-sft", teacher, before),
-            facts={"kind": "dense-warmed-up", "seed": seed, "shape": shape},
+            name=f"seed{seed}/{shape}/dense/sft",
+            commands=(*commands, self.evaluate(seed)),
+            needs=(f"seed{seed}/teacher-sft", before),
+            facts={"kind": "dense-sft", "seed": seed, "shape": shape},
         )
 
-    def dense_grpo(self, seed: int, shape: str) -> Cell:
-        before = f"seed{seed}/{shape}/dense/warmed-up"
-        fixed = (f"steps={self.scale.joint_rollouts}",)
-        commands = self.train("teacher_grpo", seed, model_of(before), *fixed)
+    def dense_grpo(self, seed: int, shape: str, name: str = "dense/grpo", *overrides: str) -> Cell:
+        before = f"seed{seed}/{shape}/dense/sft"
+        fixed = (f"steps={self.scale.joint_rollouts}", *DENSE_GRPO)
+        commands = self.train("teacher_grpo", seed, model_of(before), *fixed, *overrides)
         return Cell(
-            name=f"seed{seed}/{shape}/dense/grpo",
+            name=f"seed{seed}/{shape}/{name}",
             commands=(*commands, self.evaluate(seed)),
             needs=(f"seed{seed}/teacher-sft", before),
             facts={"kind": "joint", "method": "dense-grpo", "seed": seed, "shape": shape},
         )
 
+    def search(self, seed: int, shape: str) -> list[Cell]:
+        """Every row that is trained with each of its candidates."""
+        cells = []
+        for row, candidates in SEARCH.items():
+            for candidate in candidates:
+                name = f"search/{row}/{','.join(candidate)}"
+                if row == "sft":
+                    cell = self.warmed_up(seed, shape, name, "converted", *SFT, *candidate)
+                elif row == "warmed-up":
+                    cell = self.warmed_up(seed, shape, name, "converted", *candidate)
+                elif row == "dense-grpo":
+                    cell = self.dense_grpo(seed, shape, name, *candidate)
+                else:
+                    cell = self.joint(seed, shape, name, METHODS[row].changed(*candidate))
+                facts: dict[str, str | int] = {
+                    "kind": "search",
+                    "row": row,
+                    "options": " ".join(candidate),
+                    "seed": seed,
+                    "shape": shape,
+                }
+                cells.append(replace(cell, facts=facts))
+        return cells
+
     def main_table(self, seed: int, shape: str) -> list[Cell]:
-        """Teachers, untrained and warmed-up students, the dense baseline, and all methods."""
-        models = [self.teacher_sft(seed), self.teacher(seed), self.converted(seed, shape), self.warmed_up(seed, shape)]
-        dense = [self.narrowed(seed, shape), self.dense_warmed_up(seed, shape), self.dense_grpo(seed, shape)]
-        return models + dense + [self.joint(seed, shape, name, options) for name, options in METHODS.items()]
+        """Teachers, students before joint training, the dense baseline, and all methods."""
+        students = [self.converted(seed, shape), self.sft(seed, shape), self.warmed_up(seed, shape)]
+        dense = [self.narrowed(seed, shape), self.dense_sft(seed, shape), self.dense_grpo(seed, shape)]
+        joint = [self.joint(seed, shape, name, method) for name, method in METHODS.items()]
+        return [self.teacher_sft(seed), self.teacher(seed), *students, *dense, *joint]
 
     def parts(self, seed: int, shape: str) -> list[Cell]:
         """Ablations, Choices and other students."""
-        padd = METHODS["padd"]
-        cells = [self.joint(seed, shape, name, (*padd, *more)) for name, more in (ABLATIONS | CHOICES).items()]
-        random = ("--cluster", "random", "--router", "random")
-        cells.append(self.converted(seed, shape, "without-i/converted", *random))
-        cells.append(self.joint(seed, shape, "without-i", padd, start="without-i/converted"))
+        cells = [self.converted(seed, shape, "without-i/converted", "--cluster", "random", "--router", "random")]
+        cells += [self.joint(seed, shape, name, method) for name, method in (ABLATIONS | CHOICES).items()]
         for name, (options, overrides) in STUDENTS.items():
             start = "converted"
             if options:
                 start = f"{name}/converted"
                 cells.append(self.converted(seed, shape, start, *options))
             cells.append(self.warmed_up(seed, shape, f"{name}/warmed-up", start, *overrides))
-            cells.append(self.joint(seed, shape, name, padd, start=f"{name}/warmed-up"))
+            method = Method(overrides=PADD.overrides, start=f"{name}/warmed-up")
+            cells.append(self.joint(seed, shape, name, method))
         return cells
 
 
@@ -162,5 +202,7 @@ def all_cells(scale: Scale) -> list[Cell]:
     """Every cell of a scale, each once, the main table first."""
     plan = Plan(scale=scale)
     cells = [cell for seed in scale.seeds for shape in scale.shapes for cell in plan.main_table(seed, shape)]
+    if scale.searched:
+        cells += Plan(scale=scale, split="validation").search(scale.seeds[0], scale.shapes[0])
     cells += [cell for seed in scale.part_seeds for cell in plan.parts(seed, scale.shapes[0])]
     return list({cell.name: cell for cell in cells}.values())

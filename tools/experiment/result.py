@@ -6,6 +6,7 @@ from typing import Any
 
 from tools.experiment.cell import Cell
 
+Result = dict[str, Any]
 CURVES = (
     "reward_correct",
     "reward",
@@ -28,7 +29,7 @@ CURVES = (
 PHASES = ("seconds_rollout", "seconds_scoring", "seconds_update")
 
 
-def cell_result(cell: Cell, here: Path, *, commit: str, seconds: float) -> dict[str, Any]:
+def cell_result(cell: Cell, here: Path, *, commit: str, seconds: float) -> Result:
     """The result of a cell whose commands have all run in `here`."""
     evaluation = json.loads((here / "eval.json").read_text(encoding="utf-8"))
     headline, steps = evaluation["headline"], read_metrics(here / "run" / "metrics.jsonl")
@@ -51,13 +52,19 @@ def cell_result(cell: Cell, here: Path, *, commit: str, seconds: float) -> dict[
     }
 
 
-def counts_by_problem(evaluation: dict[str, Any]) -> list[int]:
-    """Right ones among the sampled responses to each problem."""
+def counts_by_problem(evaluation: dict[str, Any]) -> str:
+    """Right ones among the sampled responses to each problem, a digit each."""
     verdicts = [int(response["correct"]) for response in evaluation["sampled_responses"]]
     if not verdicts:
-        return []
+        return ""
     samples = len(verdicts) // len(evaluation["responses"])
-    return [sum(verdicts[start : start + samples]) for start in range(0, len(verdicts), samples)]
+    return "".join(str(sum(verdicts[start : start + samples])) for start in range(0, len(verdicts), samples))
+
+
+def as_text(result: Result) -> str:
+    """A result as JSON, a line per key."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -17,7 +17,7 @@ from typing import Any
 from padd_ds.errors import UserError
 from padd_ds.files import staged_directory, write_text_whole
 from tools.experiment.cell import Cell
-from tools.experiment.result import cell_result
+from tools.experiment.result import as_text, cell_result
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -89,7 +89,7 @@ class Runner:
             (here / "fingerprint").write_text(cell.fingerprint(), encoding="utf-8")
         path = self.results / f"{cell.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_whole(path, json.dumps(result, indent=1) + "\n")
+        write_text_whole(path, as_text(result))
         return f"{result['summary']}, {result['seconds']:.0f} s"
 
     def _run_command(self, command: list[str], log: Any, folder: Path) -> None:

@@ -44,7 +44,7 @@ class Scale:
     )
     teacher_steps: int = 4000
     teacher_rollouts: int = 150
-    warmup_steps: int = 150
+    warmup_steps: int = 400
     joint_rollouts: int = 60
     calibration_tokens: int = 16384
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -55,6 +55,8 @@ class Scale:
     train_problems: int = 3000
     validation_problems: int = 150
     test_problems: int = 200
+    searched: bool = True
+    """Whether it has the search for learning rates and weights, on validation questions."""
 
 
 SCALES = {
@@ -67,6 +69,7 @@ SCALES = {
         calibration_tokens=4096,
         seeds=(0,),
         part_seeds=(),
+        searched=False,
         shapes=("half",),
         test_problems=60,
     ),
@@ -82,6 +85,7 @@ SCALES = {
         calibration_tokens=512,
         seeds=(0,),
         part_seeds=(),
+        searched=False,
         shapes=("half",),
         train_problems=40,
         validation_problems=2,
@@ -89,33 +93,58 @@ SCALES = {
     ),
 }
 
+CONVERSION = ("--calibration-part", "A", "--calibration-field", "question,solution", "--even-load")
+"""Of every student: calibrated on rows as training shows them, and with an even load from the start."""
+SFT = ("warmup.kd_weight=0", "warmup.init_weight=0")
+"""The warm-up of the baselines: as many steps on the same demonstrations, without the teacher and the clusters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way of joint training: the student that it starts from, and what it sets beyond repro_joint.yaml."""
+
+    overrides: tuple[str, ...]
+    start: str = "sft"
+
+    def changed(self, *overrides: str) -> "Method":
+        """The same with these set otherwise."""
+        return Method(overrides=(*self.overrides, *overrides), start=self.start)
+
+
 GRPO = ("policy.objective=grpo", "distillation.weight=0", "balance.kind=loss_free")
-METHODS: dict[str, tuple[str, ...]] = {
-    "vanilla-grpo": GRPO,
-    "gspo": (*GRPO, "policy.objective=gspo"),
-    "rspo": (*GRPO, "policy.objective=rspo"),
-    "online-kd": ("policy.objective=grpo", "distillation.temperature_rule=fixed", "balance.kind=loss_free"),
-    "padd": (),
+DENSE_GRPO: tuple[str, ...] = ()
+"""GRPO of the dense baseline, beyond repro_teacher_grpo.yaml."""
+METHODS: dict[str, Method] = {
+    "vanilla-grpo": Method(overrides=GRPO),
+    "gspo": Method(overrides=(*GRPO, "policy.objective=gspo")),
+    "rspo": Method(overrides=(*GRPO, "policy.objective=rspo")),
+    "online-kd": Method(overrides=(*GRPO, "distillation.temperature_rule=fixed", "distillation.weight=0.5")),
+    "padd": Method(overrides=(), start="warmed-up"),
 }
-"""Joint training of the same warmed-up student; each what PADD is without some of its parts."""
+"""The main table. The baselines have no Stage I b: their student has learnt from the same demonstrations alone."""
 
-ABLATIONS: dict[str, tuple[str, ...]] = {
-    "without-ii": ("distillation.temperature_rule=fixed",),
-    "without-iii": ("policy.objective=grpo",),
-    "without-iv": ("balance.kind=aux_loss",),
+PADD = METHODS["padd"]
+ABLATIONS: dict[str, Method] = {
+    "without-i": Method(overrides=PADD.overrides, start="without-i/converted"),
+    "without-i-b": Method(overrides=PADD.overrides, start="converted"),
+    "without-i-teacher": Method(overrides=PADD.overrides, start="sft"),
+    "without-ii": PADD.changed("distillation.temperature_rule=fixed"),
+    "without-kd": PADD.changed("distillation.weight=0"),
+    "without-iii": PADD.changed("policy.objective=grpo"),
+    "without-iv": PADD.changed("balance.kind=aux_loss"),
+    "without-ii-iii-iv": Method(overrides=METHODS["vanilla-grpo"].overrides, start="warmed-up"),
 }
-"""PADD without one stage each; without Stage I it starts from another student."""
+"""PADD without one stage each, and without all but the first."""
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "temperature-literal": ("distillation.temperature_rule=literal",),
-    "sign-literal": ("balance.sign=literal",),
-    "bias-integrated": ("balance.reward_bias=integrated",),
-    "shift-relative": ("policy.shift_measure=relative",),
-    "shift-selected": ("policy.shift_measure=selected",),
-    "all-literal": (
-        "distillation.temperature_rule=literal",
-        *("balance.sign=literal", "balance.reward_bias=integrated", "balance.centred=false"),
-        *("balance.clamp=null", "balance.scale_by_spread=false"),
+CHOICES: dict[str, Method] = {
+    "temperature-literal": PADD.changed("distillation.temperature_rule=literal"),
+    "sign-literal": PADD.changed("balance.sign=literal"),
+    "bias-integrated": PADD.changed("balance.reward_bias=integrated"),
+    "shift-relative": PADD.changed("policy.shift_measure=relative"),
+    "shift-selected": PADD.changed("policy.shift_measure=selected"),
+    "all-literal": PADD.changed(
+        *("distillation.temperature_rule=literal", "balance.sign=literal", "balance.reward_bias=integrated"),
+        *("balance.centred=false", "balance.clamp=null", "balance.scale_by_spread=false"),
     ),
 }
 """Each Choice in the other form, the paper's literal one where there is one."""
@@ -128,3 +157,22 @@ STUDENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "warmup-sample": ((), ("warmup.routing=sample",)),
 }
 """Other students for the same joint training: options of the conversion, and of the warm-up."""
+
+RATES = ("1e-4", "3e-4", "1e-3")
+WEIGHTS = ("0.5", "2", "5")
+
+
+def _each(key: str, values: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple((f"{key}={value}",) for value in values)
+
+
+_RATE = "optimizer.learning_rate"
+SEARCH: dict[str, tuple[tuple[str, ...], ...]] = {
+    "sft": _each(_RATE, ("3e-4", "1e-3", "3e-3")),
+    "warmed-up": _each(_RATE, ("3e-4", "1e-3", "3e-3")) + _each("warmup.kd_weight", WEIGHTS),
+    "dense-grpo": _each(_RATE, RATES),
+    **{name: _each(_RATE, RATES) for name in ("vanilla-grpo", "gspo", "rspo")},
+    "online-kd": _each(_RATE, RATES) + _each("distillation.weight", WEIGHTS),
+    "padd": _each(_RATE, RATES) + _each("distillation.weight", WEIGHTS) + _each("balance.reward_rate", ("0.2", "0")),
+}
+"""What was tried on validation questions (first seed and shape): each row of the table with one setting changed."""
