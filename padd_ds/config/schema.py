@@ -169,6 +169,9 @@ class DistillationConfig:
     """kappa: how much the advantage bends the temperature."""
     temperature_floor: Positive = 0.25
     """Choice: Phi does not fall below this."""
+    temperature_ceiling: Positive = 2.0
+    """Choice: Phi does not rise above this; 2 (Phi's own limit) changes nothing, 1 leaves the teacher as it is on bad
+    paths."""
     teacher_top_k: Count | None = None
     """Keep only the teacher's k most likely tokens and one bucket for the rest; default: all."""
 

@@ -29,15 +29,17 @@ def distillation_temperature(
     slope: float = 0.5,
     base: float = 1.0,
     floor: float = 0.25,
+    ceiling: float = 2.0,
 ) -> Tensor:
-    """The teacher's temperature for each response, base * max(Phi(A), floor), [B] (tau and Phi, Stage II).
+    """The teacher's temperature for each response, base * Phi(A) within floor and ceiling, [B] (tau and Phi, Stage II).
 
     slope is kappa, base is tau. Choice: rule `confident` is Phi = 1 - tanh(kappa A), a lower temperature on
     good paths as the paper's words have it; `literal` is its printed 1 + tanh(kappa A); `fixed` is 1.
-    Choice: the floor, because groups of 8 can push either form to 0.13.
+    Choice: the floor, because groups of 8 can push either form to 0.13. Choice: the ceiling; at 2 neither form meets
+    it, at 1 the teacher is sharpened on good paths and left as it is on bad ones.
     """
     advantage_B = advantage_B.to(compute_dtype(advantage_B))
-    return base * TEMPERATURE_RULES[rule](slope * advantage_B).clamp(min=floor)
+    return base * TEMPERATURE_RULES[rule](slope * advantage_B).clamp(min=floor, max=ceiling)
 
 
 def distillation_sum(

@@ -312,6 +312,7 @@ class JointStage:
             slope=options.temperature_slope,
             base=options.temperature,
             floor=options.temperature_floor,
+            ceiling=options.temperature_ceiling,
         )
         sums.add("distillation_temperature", temperature_B.sum(), len(temperature_B))
         return distillation_sum(

@@ -97,6 +97,11 @@ def test_a_good_path_gets_a_lower_temperature_under_the_confident_rule_only():
     assert good > 1 > bad
 
 
+def test_a_ceiling_of_one_leaves_the_teacher_as_it_is_on_bad_paths():
+    good, bad = distillation_temperature(torch.tensor([1.0, -1.0]), ceiling=1.0)
+    assert good == pytest.approx(1 - math.tanh(0.5)) and bad == 1
+
+
 @pytest.mark.parametrize("rule", ["confident", "literal"])
 def test_without_advantage_or_slope_the_temperature_is_fixed(rule):
     fixed_B = distillation_temperature(torch.randn(5), rule="fixed", base=1.7)
