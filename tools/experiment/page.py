@@ -77,11 +77,12 @@ def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name:
         padd = main_rows(there, scale.shapes[0])["padd"]
         parts.append(f"## PADD without its parts, and with other Choices ({SHAPES[scale.shapes[0]].title})\n")
         parts.append(table({"padd": padd} | rows, padd))
-    searched = [result for result in there.values() if result["kind"] == "search"]
-    first = main_rows(there, scale.shapes[0])
-    parts.append(search_section(searched, {name: group[0] for name, group in first.items()}, TITLES))
+    for shape in scale.searched:
+        candidates = [one for one in there.values() if (one["kind"], one.get("shape")) == ("search", shape)]
+        if candidates:
+            parts.append(search_section(candidates, TITLES))
     parts.append(provenance(there))
-    write_text_whole(path, "\n\n".join(part.rstrip() for part in parts if part) + "\n")
+    write_text_whole(path, "\n\n".join(part.rstrip() for part in parts) + "\n")
 
 
 def headline(shape: Shape) -> str:

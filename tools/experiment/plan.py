@@ -7,13 +7,13 @@ from tools.experiment.settings import (
     ABLATIONS,
     CHOICES,
     CONVERSION,
-    DENSE_GRPO,
     METHODS,
     PADD,
     SEARCH,
     SFT,
     SHAPES,
     STUDENTS,
+    TUNED,
     Method,
     Scale,
 )
@@ -31,6 +31,11 @@ def model_of(cell: str) -> str:
 def data_of(seed: int, split: str) -> str:
     """The problems of a seed; its first teacher's cell makes them."""
     return f"{{work}}/seed{seed}/teacher-sft/data/{split}.jsonl"
+
+
+def tuned(shape: str, row: str) -> tuple[str, ...]:
+    """What the search has given a row of that shape."""
+    return TUNED[SHAPES[shape].tuned_as][row]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +97,8 @@ class Plan:
             facts={"kind": name, "seed": seed, "shape": shape},
         )
 
-    def warmed_up(
-        self, seed: int, shape: str, name: str = "warmed-up", start: str = "converted", *overrides: str
-    ) -> Cell:
+    def trained_on_text(self, seed: int, shape: str, name: str, start: str, *overrides: str) -> Cell:
+        """Stage I b, or SFT."""
         before, teacher = f"seed{seed}/{shape}/{start}", f"seed{seed}/teacher"
         fixed = (f"model.teacher={model_of(teacher)}", f"steps={self.scale.warmup_steps}")
         commands = self.train("warmup", seed, model_of(before), *fixed, *overrides)
@@ -107,12 +111,18 @@ class Plan:
 
     def sft(self, seed: int, shape: str) -> Cell:
         """The baselines' student."""
-        return self.warmed_up(seed, shape, "sft", "converted", *SFT)
+        return self.trained_on_text(seed, shape, "sft", "converted", *SFT, *tuned(shape, "sft"))
 
-    def joint(self, seed: int, shape: str, name: str, method: Method) -> Cell:
+    def warmed_up(self, seed: int, shape: str, name: str = "", start: str = "converted", *overrides: str) -> Cell:
+        """PADD's student, or with a `name` of its own another one."""
+        return self.trained_on_text(seed, shape, name or "warmed-up", start, *tuned(shape, "warmed-up"), *overrides)
+
+    def joint(self, seed: int, shape: str, name: str, method: Method, settings: tuple[str, ...] = ()) -> Cell:
+        """`settings`: in place of the tuned ones."""
         before, teacher = f"seed{seed}/{shape}/{method.start}", f"seed{seed}/teacher"
         fixed = (f"model.teacher={model_of(teacher)}", f"steps={self.scale.joint_rollouts}")
-        commands = self.train("joint", seed, model_of(before), *fixed, *method.overrides)
+        overrides = (*method.overrides, *(settings or tuned(shape, method.row)), *method.changes)
+        commands = self.train("joint", seed, model_of(before), *fixed, *overrides)
         return Cell(
             name=f"seed{seed}/{shape}/joint/{name}",
             commands=(*commands, self.evaluate(seed, "--routing", "--routing-before", model_of(before))),
@@ -133,7 +143,8 @@ class Plan:
 
     def dense_sft(self, seed: int, shape: str) -> Cell:
         before = f"seed{seed}/{shape}/dense/narrowed"
-        commands = self.train("warmup", seed, model_of(before), f"steps={self.scale.warmup_steps}", *SFT)
+        fixed = (f"steps={self.scale.warmup_steps}", *SFT, *tuned(shape, "sft"))
+        commands = self.train("warmup", seed, model_of(before), *fixed)
         return Cell(
             name=f"seed{seed}/{shape}/dense/sft",
             commands=(*commands, self.evaluate(seed)),
@@ -141,10 +152,9 @@ class Plan:
             facts={"kind": "dense-sft", "seed": seed, "shape": shape},
         )
 
-    def dense_grpo(self, seed: int, shape: str, name: str = "dense/grpo", *overrides: str) -> Cell:
+    def dense_grpo(self, seed: int, shape: str, name: str, settings: tuple[str, ...]) -> Cell:
         before = f"seed{seed}/{shape}/dense/sft"
-        fixed = (f"steps={self.scale.joint_rollouts}", *DENSE_GRPO)
-        commands = self.train("teacher_grpo", seed, model_of(before), *fixed, *overrides)
+        commands = self.train("teacher_grpo", seed, model_of(before), f"steps={self.scale.joint_rollouts}", *settings)
         return Cell(
             name=f"seed{seed}/{shape}/{name}",
             commands=(*commands, self.evaluate(seed)),
@@ -153,48 +163,43 @@ class Plan:
         )
 
     def search(self, seed: int, shape: str) -> list[Cell]:
-        """Every row that is trained with each of its candidates."""
+        """Every row that is trained, with each of its candidates."""
         cells = []
         for row, candidates in SEARCH.items():
             for candidate in candidates:
                 name = f"search/{row}/{','.join(candidate)}"
                 if row == "sft":
-                    cell = self.warmed_up(seed, shape, name, "converted", *SFT, *candidate)
+                    cell = self.trained_on_text(seed, shape, name, "converted", *SFT, *candidate)
                 elif row == "warmed-up":
-                    cell = self.warmed_up(seed, shape, name, "converted", *candidate)
+                    cell = self.trained_on_text(seed, shape, name, "converted", *candidate)
                 elif row == "dense-grpo":
-                    cell = self.dense_grpo(seed, shape, name, *candidate)
+                    cell = self.dense_grpo(seed, shape, name, candidate)
                 else:
-                    cell = self.joint(seed, shape, name, METHODS[row].changed(*candidate))
-                facts: dict[str, str | int] = {
-                    "kind": "search",
-                    "row": row,
-                    "options": " ".join(candidate),
-                    "seed": seed,
-                    "shape": shape,
-                }
-                cells.append(replace(cell, facts=facts))
+                    cell = self.joint(seed, shape, name, METHODS[row], candidate)
+                facts = {"kind": "search", "row": row, "options": " ".join(candidate), "shape": shape}
+                cells.append(replace(cell, facts={**facts, "seed": seed}))
         return cells
 
     def main_table(self, seed: int, shape: str) -> list[Cell]:
         """Teachers, students before joint training, the dense baseline, and all methods."""
         students = [self.converted(seed, shape), self.sft(seed, shape), self.warmed_up(seed, shape)]
-        dense = [self.narrowed(seed, shape), self.dense_sft(seed, shape), self.dense_grpo(seed, shape)]
+        dense_grpo = self.dense_grpo(seed, shape, "dense/grpo", tuned(shape, "dense-grpo"))
+        dense = [self.narrowed(seed, shape), self.dense_sft(seed, shape), dense_grpo]
         joint = [self.joint(seed, shape, name, method) for name, method in METHODS.items()]
         return [self.teacher_sft(seed), self.teacher(seed), *students, *dense, *joint]
 
     def parts(self, seed: int, shape: str) -> list[Cell]:
         """Ablations, Choices and other students."""
         cells = [self.converted(seed, shape, "without-i/converted", "--cluster", "random", "--router", "random")]
-        cells += [self.joint(seed, shape, name, method) for name, method in (ABLATIONS | CHOICES).items()]
+        for name, method in (ABLATIONS | CHOICES).items():
+            cells.append(self.joint(seed, shape, name, method))
         for name, (options, overrides) in STUDENTS.items():
             start = "converted"
             if options:
                 start = f"{name}/converted"
                 cells.append(self.converted(seed, shape, start, *options))
             cells.append(self.warmed_up(seed, shape, f"{name}/warmed-up", start, *overrides))
-            method = Method(overrides=PADD.overrides, start=f"{name}/warmed-up")
-            cells.append(self.joint(seed, shape, name, method))
+            cells.append(self.joint(seed, shape, name, replace(PADD, start=f"{name}/warmed-up")))
         return cells
 
 
@@ -202,7 +207,7 @@ def all_cells(scale: Scale) -> list[Cell]:
     """Every cell of a scale, each once, the main table first."""
     plan = Plan(scale=scale)
     cells = [cell for seed in scale.seeds for shape in scale.shapes for cell in plan.main_table(seed, shape)]
-    if scale.searched:
-        cells += Plan(scale=scale, split="validation").search(scale.seeds[0], scale.shapes[0])
+    for shape in scale.searched:
+        cells += Plan(scale=scale, split="validation").search(scale.seeds[0], shape)
     cells += [cell for seed in scale.part_seeds for cell in plan.parts(seed, scale.shapes[0])]
     return list({cell.name: cell for cell in cells}.values())

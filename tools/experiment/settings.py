@@ -3,7 +3,7 @@
 What all runs of a stage share stands in ds_configs/runs/repro_*.yaml.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,9 +13,17 @@ class Shape:
     title: str
     convert: tuple[str, ...]
     dense_width: int
+    tuned_as: str = "half"
+    """The shape whose search this one takes its settings from."""
 
 
 SHAPES = {
+    "quarter": Shape(
+        title="a quarter of the teacher's FFN active",
+        convert=("--experts", "16", "--shared-experts", "2", "--top-k", "2"),
+        dense_width=128,
+        tuned_as="quarter",
+    ),
     "half": Shape(
         title="half of the teacher's FFN active",
         convert=("--experts", "16", "--shared-experts", "2", "--top-k", "6"),
@@ -55,8 +63,8 @@ class Scale:
     train_problems: int = 3000
     validation_problems: int = 150
     test_problems: int = 200
-    searched: bool = True
-    """Whether it has the search for learning rates and weights, on validation questions."""
+    searched: tuple[str, ...] = ("quarter", "half")
+    """Shapes with a search for learning rates and weights, on validation questions."""
 
 
 SCALES = {
@@ -69,7 +77,7 @@ SCALES = {
         calibration_tokens=4096,
         seeds=(0,),
         part_seeds=(),
-        searched=False,
+        searched=(),
         shapes=("half",),
         test_problems=60,
     ),
@@ -85,7 +93,7 @@ SCALES = {
         calibration_tokens=512,
         seeds=(0,),
         part_seeds=(),
-        searched=False,
+        searched=(),
         shapes=("half",),
         train_problems=40,
         validation_problems=2,
@@ -103,48 +111,54 @@ SFT = ("warmup.kd_weight=0", "warmup.init_weight=0")
 class Method:
     """A way of joint training: the student that it starts from, and what it sets beyond repro_joint.yaml."""
 
+    row: str
+    """The row of TUNED whose settings it has."""
     overrides: tuple[str, ...]
     start: str = "sft"
-
-    def changed(self, *overrides: str) -> "Method":
-        """The same with these set otherwise."""
-        return Method(overrides=(*self.overrides, *overrides), start=self.start)
+    changes: tuple[str, ...] = ()
+    """Stand behind the tuned settings."""
 
 
-GRPO = ("policy.objective=grpo", "distillation.weight=0", "balance.kind=loss_free")
-DENSE_GRPO: tuple[str, ...] = ()
-"""GRPO of the dense baseline, beyond repro_teacher_grpo.yaml."""
+GRPO = ("policy.objective=grpo", "balance.kind=loss_free")
 METHODS: dict[str, Method] = {
-    "vanilla-grpo": Method(overrides=GRPO),
-    "gspo": Method(overrides=(*GRPO, "policy.objective=gspo")),
-    "rspo": Method(overrides=(*GRPO, "policy.objective=rspo")),
-    "online-kd": Method(overrides=(*GRPO, "distillation.temperature_rule=fixed", "distillation.weight=0.5")),
-    "padd": Method(overrides=(), start="warmed-up"),
+    "vanilla-grpo": Method(row="vanilla-grpo", overrides=(*GRPO, "distillation.weight=0")),
+    "gspo": Method(row="gspo", overrides=(*GRPO, "distillation.weight=0", "policy.objective=gspo")),
+    "rspo": Method(row="rspo", overrides=(*GRPO, "distillation.weight=0", "policy.objective=rspo")),
+    "online-kd": Method(row="online-kd", overrides=(*GRPO, "distillation.temperature_rule=fixed")),
+    "padd": Method(row="padd", overrides=("balance.load_rate=0.1",), start="warmed-up"),
 }
 """The main table. The baselines have no Stage I b: their student has learnt from the same demonstrations alone."""
 
 PADD = METHODS["padd"]
 ABLATIONS: dict[str, Method] = {
-    "without-i": Method(overrides=PADD.overrides, start="without-i/converted"),
-    "without-i-b": Method(overrides=PADD.overrides, start="converted"),
-    "without-i-teacher": Method(overrides=PADD.overrides, start="sft"),
-    "without-ii": PADD.changed("distillation.temperature_rule=fixed"),
-    "without-kd": PADD.changed("distillation.weight=0"),
-    "without-iii": PADD.changed("policy.objective=grpo"),
-    "without-iv": PADD.changed("balance.kind=aux_loss"),
-    "without-ii-iii-iv": Method(overrides=METHODS["vanilla-grpo"].overrides, start="warmed-up"),
+    "without-i": replace(PADD, start="without-i/converted"),
+    "without-i-b": replace(PADD, start="converted"),
+    "without-i-teacher": replace(PADD, start="sft"),
+    "without-ii": replace(PADD, changes=("distillation.temperature_rule=fixed",)),
+    "without-kd": replace(PADD, changes=("distillation.weight=0",)),
+    "without-iii": replace(PADD, changes=("policy.objective=grpo",)),
+    "without-iv": replace(PADD, changes=("balance.kind=aux_loss",)),
+    "without-ii-iii-iv": replace(METHODS["vanilla-grpo"], start="warmed-up"),
 }
 """PADD without one stage each, and without all but the first."""
 
 CHOICES: dict[str, Method] = {
-    "temperature-literal": PADD.changed("distillation.temperature_rule=literal"),
-    "sign-literal": PADD.changed("balance.sign=literal"),
-    "bias-integrated": PADD.changed("balance.reward_bias=integrated"),
-    "shift-relative": PADD.changed("policy.shift_measure=relative"),
-    "shift-selected": PADD.changed("policy.shift_measure=selected"),
-    "all-literal": PADD.changed(
-        *("distillation.temperature_rule=literal", "balance.sign=literal", "balance.reward_bias=integrated"),
-        *("balance.centred=false", "balance.clamp=null", "balance.scale_by_spread=false"),
+    "temperature-literal": replace(
+        PADD, changes=("distillation.temperature_rule=literal", "distillation.temperature_ceiling=2")
+    ),
+    "no-ceiling": replace(PADD, changes=("distillation.temperature_ceiling=2",)),
+    "sign-literal": replace(PADD, changes=("balance.sign=literal",)),
+    "bias-integrated": replace(PADD, changes=("balance.reward_bias=integrated",)),
+    "shift-relative": replace(PADD, changes=("policy.shift_measure=relative",)),
+    "shift-selected": replace(PADD, changes=("policy.shift_measure=selected",)),
+    "all-literal": replace(
+        PADD,
+        changes=(
+            *("distillation.temperature_rule=literal", "distillation.temperature_ceiling=2"),
+            *("balance.sign=literal", "balance.reward_bias=integrated", "balance.centred=false"),
+            *("balance.clamp=null", "balance.scale_by_spread=false"),
+            *("balance.load_rate=0.01", "balance.reward_rate=0.05"),
+        ),
     ),
 }
 """Each Choice in the other form, the paper's literal one where there is one."""
@@ -158,21 +172,42 @@ STUDENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Other students for the same joint training: options of the conversion, and of the warm-up."""
 
-RATES = ("1e-4", "3e-4", "1e-3")
-WEIGHTS = ("0.5", "2", "5")
+
+def _rates(*rates: str, also: str = "") -> tuple[tuple[str, ...], ...]:
+    return tuple((f"optimizer.learning_rate={rate}", *also.split()) for rate in rates)
 
 
-def _each(key: str, values: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    return tuple((f"{key}={value}",) for value in values)
-
-
-_RATE = "optimizer.learning_rate"
+_GRPO_RATES = _rates("1e-4", "3e-4", "1e-3")
+_KD_RATES = _rates("1e-4", "3e-4", "1e-3", also="distillation.weight=2")
+_KD_WEIGHTS = tuple(("optimizer.learning_rate=3e-4", f"distillation.weight={weight}") for weight in ("0.5", "5"))
+_GAMMA = "balance.reward_rate"
 SEARCH: dict[str, tuple[tuple[str, ...], ...]] = {
-    "sft": _each(_RATE, ("3e-4", "1e-3", "3e-3")),
-    "warmed-up": _each(_RATE, ("3e-4", "1e-3", "3e-3")) + _each("warmup.kd_weight", WEIGHTS),
-    "dense-grpo": _each(_RATE, RATES),
-    **{name: _each(_RATE, RATES) for name in ("vanilla-grpo", "gspo", "rspo")},
-    "online-kd": _each(_RATE, RATES) + _each("distillation.weight", WEIGHTS),
-    "padd": _each(_RATE, RATES) + _each("distillation.weight", WEIGHTS) + _each("balance.reward_rate", ("0.2", "0")),
+    "sft": _rates("3e-4", "1e-3", "3e-3"),
+    "warmed-up": (
+        *_rates("3e-4", "1e-3", "3e-3", also="warmup.kd_weight=2"),
+        *_rates("1e-3", also="warmup.kd_weight=0.5"),
+        *_rates("1e-3", also="warmup.kd_weight=8"),
+    ),
+    "dense-grpo": _GRPO_RATES,
+    "vanilla-grpo": _GRPO_RATES,
+    "gspo": _GRPO_RATES,
+    "rspo": _GRPO_RATES,
+    "online-kd": _KD_RATES + _KD_WEIGHTS,
+    "padd": (
+        *((*candidate, f"{_GAMMA}=0.01") for candidate in _KD_RATES + _KD_WEIGHTS),
+        *((*_KD_RATES[1], f"{_GAMMA}={gamma}") for gamma in ("0", "0.05")),
+    ),
 }
-"""What was tried on validation questions (first seed and shape): each row of the table with one setting changed."""
+"""What was tried on validation questions with the first seed, three values of each rate, weight and gamma."""
+
+TUNED: dict[str, dict[str, tuple[str, ...]]] = {
+    shape: {
+        "sft": SEARCH["sft"][0],
+        "warmed-up": SEARCH["warmed-up"][1],
+        **dict.fromkeys(("dense-grpo", "vanilla-grpo", "gspo", "rspo"), _GRPO_RATES[1]),
+        "online-kd": SEARCH["online-kd"][1],
+        "padd": SEARCH["padd"][1],
+    }
+    for shape in ("quarter", "half")
+}
+"""What of it every row has, by the shape that it was tried on."""
