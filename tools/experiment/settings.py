@@ -200,14 +200,14 @@ SEARCH: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """What was tried on validation questions with the first seed, three values of each rate, weight and gamma."""
 
+
+def _taken(**candidates: int) -> dict[str, tuple[str, ...]]:
+    """The candidate of every row, by its place in SEARCH."""
+    return {row.replace("_", "-"): SEARCH[row.replace("_", "-")][place] for row, place in candidates.items()}
+
+
 TUNED: dict[str, dict[str, tuple[str, ...]]] = {
-    shape: {
-        "sft": SEARCH["sft"][0],
-        "warmed-up": SEARCH["warmed-up"][1],
-        **dict.fromkeys(("dense-grpo", "vanilla-grpo", "gspo", "rspo"), _GRPO_RATES[1]),
-        "online-kd": SEARCH["online-kd"][1],
-        "padd": SEARCH["padd"][1],
-    }
-    for shape in ("quarter", "half")
+    "quarter": _taken(sft=1, warmed_up=2, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=1, padd=1),
+    "half": _taken(sft=1, warmed_up=2, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=1, padd=1),
 }
 """What of it every row has, by the shape that it was tried on."""
