@@ -18,7 +18,7 @@ from padd_ds.errors import UserError, run_cli
 from tools.experiment.cell import with_needs
 from tools.experiment.page import write_page
 from tools.experiment.plan import all_cells
-from tools.experiment.runner import ROOT, Runner
+from tools.experiment.runner import ROOT, Runner, end_on_sigterm
 from tools.experiment.settings import SCALES
 
 
@@ -44,6 +44,7 @@ def main() -> None:
     results = (arguments.results or ROOT / "results" / arguments.scale).resolve()
     if not arguments.page_only:
         runner = Runner(work=work, results=results, jobs=arguments.jobs, commit=commit())
+        end_on_sigterm()
         runner.run(with_needs(wanted, cells))
     default_page = ROOT / "docs" / "results.md" if arguments.scale == "full" else results / "results.md"
     page = arguments.page or default_page

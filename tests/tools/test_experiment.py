@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -83,6 +86,29 @@ def test_a_failing_command_is_named_and_leaves_no_cell(cells, tmp_path):
     assert "what went wrong" in (tmp_path / "work" / "b.failed.txt").read_text()
     assert not (tmp_path / "work" / "b").exists() and not (tmp_path / "results" / "b.json").exists()
     assert (tmp_path / "results" / "a.json").exists()
+
+
+def test_sigterm_ends_what_a_cell_runs(repository, tmp_path):
+    started = tmp_path / "started"
+    sleeper = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+    script = f"""
+from pathlib import Path
+from tools.experiment.cell import Cell
+from tools.experiment.runner import Runner, end_on_sigterm
+end_on_sigterm()
+folder = Path({str(tmp_path)!r})
+cell = Cell(name="a", commands=(("python", "-c", {sleeper!r}),))
+Runner(work=folder / "work", results=folder / "results", jobs=1, commit="abc").run([cell])
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=repository)
+    for _ in range(600):
+        if started.exists() and started.read_text():
+            break
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 def test_needs_come_first_and_once(cells):

@@ -119,6 +119,15 @@ class Runner:
                 os.killpg(process.pid, signal.SIGTERM)
 
 
+def end_on_sigterm() -> None:
+    """Make SIGTERM end this process as an exception does, so that what it runs ends with it."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 def fill(command: tuple[str, ...], work: Path, here: Path) -> list[str]:
     """The command with its folders, and `python` and the padd- commands as this environment's."""
     words = [word.replace("{work}", str(work)).replace("{here}", str(here)) for word in command]

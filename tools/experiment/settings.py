@@ -177,9 +177,9 @@ def _rates(*rates: str, also: str = "") -> tuple[tuple[str, ...], ...]:
     return tuple((f"optimizer.learning_rate={rate}", *also.split()) for rate in rates)
 
 
-_GRPO_RATES = _rates("1e-4", "3e-4", "1e-3")
-_KD_RATES = _rates("1e-4", "3e-4", "1e-3", also="distillation.weight=2")
-_KD_WEIGHTS = tuple(("optimizer.learning_rate=3e-4", f"distillation.weight={weight}") for weight in ("0.5", "5"))
+_GRPO_RATES = _rates("3e-5", "1e-4", "3e-4", "1e-3")
+_KD_RATES = _rates("3e-5", "1e-4", "3e-4", "1e-3", also="distillation.weight=2")
+_KD_WEIGHTS = tuple(("optimizer.learning_rate=1e-4", f"distillation.weight={weight}") for weight in ("0.5", "5"))
 _GAMMA = "balance.reward_rate"
 SEARCH: dict[str, tuple[tuple[str, ...], ...]] = {
     "sft": _rates("3e-4", "1e-3", "3e-3"),
@@ -198,7 +198,7 @@ SEARCH: dict[str, tuple[tuple[str, ...], ...]] = {
         *((*_KD_RATES[1], f"{_GAMMA}={gamma}") for gamma in ("0", "0.05")),
     ),
 }
-"""What was tried on validation questions with the first seed, three values of each rate, weight and gamma."""
+"""What was tried on validation questions with the first seed: the same rates for all, the same weights and gammas."""
 
 
 def _taken(**candidates: int) -> dict[str, tuple[str, ...]]:
