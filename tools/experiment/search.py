@@ -21,5 +21,6 @@ def search_section(results: list[Result], titles: dict[str, str]) -> str:
         greedy, sampled = 100 * headline["problems"]["pass_at_1"], 100 * headline["samples"]["pass_at_1"]
         mark = "**" if options == " ".join(TUNED[result["shape"]][row]) else ""
         figures = f"{greedy:.1f} | {sampled:.1f} | {(greedy + sampled) / 2:.1f}"
-        lines.append(f"| {titles[row].strip('*')} | {mark}`{options}`{mark} | {figures} |")
+        title = titles[row].strip("*").removeprefix("the same after ")
+        lines.append(f"| {title} | {mark}`{options}`{mark} | {figures} |")
     return HEAD.format(seed=results[0]["seed"], title=SHAPES[results[0]["shape"]].title) + "\n".join(lines)

@@ -207,7 +207,7 @@ def _taken(**candidates: int) -> dict[str, tuple[str, ...]]:
 
 
 TUNED: dict[str, dict[str, tuple[str, ...]]] = {
-    "quarter": _taken(sft=1, warmed_up=2, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=1, padd=1),
-    "half": _taken(sft=1, warmed_up=2, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=1, padd=1),
+    "quarter": _taken(sft=1, warmed_up=2, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=1, padd=7),
+    "half": _taken(sft=1, warmed_up=2, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=1, padd=7),
 }
 """What of it every row has, by the shape that it was tried on."""
