@@ -46,7 +46,7 @@ def of_the_stage(stage: JointStage, move: Callable[[], None]) -> dict[str, Any]:
     """Loss terms and load of one update, as the stage forms them, with weights that have moved since the scoring."""
     stage.student.engine.eval()
     batch = rollout(stage)
-    micro_batches = stage._score(batch, 0)[0]
+    micro_batches = stage._score(batch, 0, MetricSums())[0]
     move()
     counts = stage._counts([micro_batch.batch for micro_batch in micro_batches])
     statistics, totals = RoutingStatistics.start(stage.student), {"policy": 0.0, "kd": 0.0}
@@ -143,7 +143,7 @@ def old_policy_scored_too_late() -> Iterator[None]:
     right = JointStage._loss_terms
 
     def late(self: JointStage, model: Any, micro_batch: MicroBatch, *rest: Any) -> Any:
-        again = self._score_micro_batch(micro_batch.batch, micro_batch.routing_seed)
+        again = self._score_micro_batch(micro_batch.batch, micro_batch.routing_seed, MetricSums())
         return right(self, model, dataclasses.replace(micro_batch, old=again.old), *rest)
 
     with patch.object(JointStage, "_loss_terms", late):
