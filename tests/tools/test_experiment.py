@@ -189,7 +189,9 @@ def test_the_page_has_every_row_its_figures_and_its_commands(tmp_path):
     for title in ("Teacher (GRPO)", "Dense-GRPO", "RSPO", "w/o I:", "sign-literal", "random-clusters"):
         assert title in text
     assert "| **PADD** | 0, 1, 2, 3, 4 | 75.0 (" in text and "+25.0 (" in text
-    for part in text.split("## The search, ")[1:]:
+    searches = text.split("## The search, ")[1:]
+    assert len(searches) == len(SCALES["full"].searched) == 2
+    for part in searches:
         search = part.split("## ")[0]
         assert search.count("| PADD |") == len(SEARCH["padd"])
         assert search.count("| **`") == len(SEARCH)
