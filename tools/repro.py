@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from padd_ds.errors import UserError, run_cli
-from tools.experiment.cell import with_needs
+from tools.experiment.cell import Cell, with_needs
 from tools.experiment.page import write_page
 from tools.experiment.plan import all_cells
 from tools.experiment.runner import ROOT, Runner, end_on_sigterm
@@ -29,14 +29,18 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder for the results (default: results/SCALE)")
     parser.add_argument("--page", type=Path, help="page to write (default: docs/results.md, or beside the results)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at once, a thread each")
-    parser.add_argument("--only", metavar="PATTERN", help="cells whose name matches, such as 'seed0/half/*'")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="PATTERN",
+        help="cells whose name matches, such as 'seed0/half/*'; may be given several times",
+    )
     parser.add_argument("--list", action="store_true", help="name the cells, run nothing")
     parser.add_argument("--page-only", action="store_true", help="write the page from the results that are there")
     arguments = parser.parse_args()
     cells = {cell.name: cell for cell in all_cells(SCALES[arguments.scale])}
-    wanted = [cell for cell in cells.values() if fnmatch.fnmatch(cell.name, arguments.only or "*")]
-    if not wanted:
-        raise UserError(f"--only {arguments.only}: no cell has such a name; --list names them")
+    names = dict.fromkeys(name for pattern in arguments.only or ["*"] for name in matching(pattern, cells))
+    wanted = [cells[name] for name in names]
     if arguments.list:
         print("\n".join(cell.name for cell in wanted))
         return
@@ -50,6 +54,14 @@ def main() -> None:
     page = arguments.page or default_page
     write_page(page, results, list(cells.values()), SCALES[arguments.scale], arguments.scale)
     print(f"{page}, from {results}")
+
+
+def matching(pattern: str, cells: dict[str, Cell]) -> list[str]:
+    """The names of `cells` that match a pattern of --only."""
+    names = fnmatch.filter(cells, pattern)
+    if not names:
+        raise UserError(f"--only {pattern}: no cell has such a name; --list names them")
+    return names
 
 
 def commit() -> str:
