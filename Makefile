@@ -28,7 +28,7 @@ TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
 .PHONY: help setup check-system demo demo-tiny test lint test-fast eval-gsm8k eval-math500 bench-convert bench-joint \
-    repro repro-quick clean
+    repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -86,6 +86,9 @@ repro: $(READY)  ## the whole experiment, hours on two cores, resumable: results
 
 repro-quick: $(READY)  ## its main rows, one seed, less of everything: results/quick/, results/quick/results.md
 	$(BIN)/python tools/repro.py --scale quick
+
+repro-smollm2: $(READY)  ## the path on a real model, one seed, hours: results/smollm2/, results/smollm2/results.md
+	$(BIN)/python tools/repro.py --scale smollm2
 
 clean:  ## delete .venv and caches
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -125,8 +125,9 @@ def test_every_cell_is_named_once_after_what_it_needs(name):
         seen.add(cell.name)
 
 
-def test_every_training_is_a_configuration_that_loads(repository):
-    for cell in all_cells(SCALES["full"]):
+@pytest.mark.parametrize("scale", ["full", "smollm2"])
+def test_every_training_is_a_configuration_that_loads(repository, scale):
+    for cell in all_cells(SCALES[scale]):
         for command in cell.commands:
             if "padd_ds/train.py" in command:
                 filled = [word.replace("{here}", "here").replace("{work}", "work") for word in command]

@@ -1,12 +1,11 @@
 """The cells of the experiment, from its settings."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from tools.experiment.cell import Cell
 from tools.experiment.settings import (
     ABLATIONS,
     CHOICES,
-    CONVERSION,
     METHODS,
     PADD,
     SEARCH,
@@ -18,10 +17,6 @@ from tools.experiment.settings import (
     Scale,
 )
 
-EVALUATION = ["--pattern", r"#(-?\d+)$", "--answer-format", "pattern", "--template", "plain"]
-EVALUATION += ["--subject-field", "subject", "--solution-field", "solution", "--max-new-tokens", "48"]
-EVALUATION += ["--batch-size", "350", "--samples", "4"]
-
 
 def model_of(cell: str) -> str:
     """Where the model of the cell of that name lies."""
@@ -31,6 +26,13 @@ def model_of(cell: str) -> str:
 def data_of(seed: int, split: str) -> str:
     """The problems of a seed; its first teacher's cell makes them."""
     return f"{{work}}/seed{seed}/teacher-sft/data/{split}.jsonl"
+
+
+def filled(word: str, numbers: dict[str, object]) -> str:
+    """The word with the numbers in place of their names."""
+    for name, value in numbers.items():
+        word = word.replace(name, str(value))
+    return word
 
 
 def tuned(shape: str, row: str) -> tuple[str, ...]:
@@ -47,7 +49,7 @@ class Plan:
 
     def train(self, config: str, seed: int, student: str, *overrides: str) -> tuple[tuple[str, ...], ...]:
         """Train, export."""
-        words = ("python", "padd_ds/train.py", "--config", f"ds_configs/runs/repro_{config}.yaml")
+        words = ("python", "padd_ds/train.py", "--config", f"ds_configs/runs/{self.scale.task.configs}_{config}.yaml")
         fixed = (
             "run_dir={here}/run",
             f"model.student={student}",
@@ -61,17 +63,16 @@ class Plan:
 
     def evaluate(self, seed: int, *more: str) -> tuple[str, ...]:
         words = ("padd-eval", "--model", "{here}/model", "--output", "{here}/eval.json")
-        return (*words, "--data", data_of(seed, self.split), *EVALUATION, *more)
+        return (*words, "--data", data_of(seed, self.split), *self.scale.task.evaluate, *more)
 
     def teacher_sft(self, seed: int) -> Cell:
-        scale = self.scale
-        make = ("python", "tools/tiny_teacher.py", "--output", "{here}/model", "--data-output", "{here}/data")
-        counts = [f"--train-problems={scale.train_problems}", f"--test-problems={scale.test_problems}"]
-        counts += [f"--validation-problems={scale.validation_problems}", f"--steps={scale.teacher_steps}"]
+        numbers = {"{seed}": seed} | {f"{{{name}}}": value for name, value in asdict(self.scale).items()}
+        make = [tuple(filled(word, numbers) for word in command) for command in self.scale.task.make]
+        make[-1] = (*make[-1], *self.scale.teacher)
         here_data = tuple(word.replace(f"{{work}}/seed{seed}/teacher-sft", "{here}") for word in self.evaluate(seed))
         return Cell(
             name=f"seed{seed}/teacher-sft",
-            commands=((*make, "--seed", str(seed), *counts, *scale.teacher), here_data),
+            commands=(*make, here_data),
             facts={"kind": "teacher-sft", "seed": seed},
         )
 
@@ -89,7 +90,7 @@ class Plan:
         words = ("padd-convert", "--teacher", model_of(f"seed{seed}/teacher"), "--output", "{here}/model")
         data = ["--calibration", data_of(seed, "train"), "--seed", str(seed)]
         data += ["--calibration-tokens", str(self.scale.calibration_tokens)]
-        options = (*SHAPES[shape].convert, *data, *CONVERSION, *options)
+        options = (*SHAPES[shape].convert, *data, *self.scale.task.convert, *options)
         return Cell(
             name=f"seed{seed}/{shape}/{name}",
             commands=((*words, *options), self.evaluate(seed, "--routing")),
@@ -183,9 +184,11 @@ class Plan:
     def main_table(self, seed: int, shape: str) -> list[Cell]:
         """Teachers, students before joint training, the dense baseline, and all methods."""
         students = [self.converted(seed, shape), self.sft(seed, shape), self.warmed_up(seed, shape)]
-        dense_grpo = self.dense_grpo(seed, shape, "dense/grpo", tuned(shape, "dense-grpo"))
-        dense = [self.narrowed(seed, shape), self.dense_sft(seed, shape), dense_grpo]
-        joint = [self.joint(seed, shape, name, method) for name, method in METHODS.items()]
+        dense = []
+        if self.scale.dense:
+            dense_grpo = self.dense_grpo(seed, shape, "dense/grpo", tuned(shape, "dense-grpo"))
+            dense = [self.narrowed(seed, shape), self.dense_sft(seed, shape), dense_grpo]
+        joint = [self.joint(seed, shape, name, METHODS[name]) for name in self.scale.methods]
         return [self.teacher_sft(seed), self.teacher(seed), *students, *dense, *joint]
 
     def parts(self, seed: int, shape: str) -> list[Cell]:

@@ -1,6 +1,6 @@
 """What the experiment compares, and how long everything is trained: shapes, scales, methods, ablations, controls.
 
-What all runs of a stage share stands in ds_configs/runs/repro_*.yaml.
+What all runs of a stage share stands in ds_configs/runs/repro_*.yaml and smollm2_*.yaml.
 """
 
 from dataclasses import dataclass, replace
@@ -39,13 +39,83 @@ SHAPES = {
         convert=("--experts", "16", "--shared-experts", "2", "--top-k", "14", "--replicate", "2"),
         dense_width=512,
     ),
+    "smollm2": Shape(
+        title="SmolLM2-135M-Instruct (dequantised), three quarters of its FFN active",
+        convert=("--experts", "16", "--shared-experts", "4", "--top-k", "8"),
+        dense_width=1152,
+        tuned_as="smollm2",
+    ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Problems and their first teacher, and how models are trained on them and judged."""
+
+    configs: str
+    """Trainings take ds_configs/runs/<configs>_<stage>.yaml."""
+    make: tuple[tuple[str, ...], ...]
+    """Commands that leave the teacher in {here}/model and its problems in {here}/data; numbers of the scale are filled
+    in by name."""
+    convert: tuple[str, ...]
+    """Options of every conversion."""
+    evaluate: tuple[str, ...]
+    """Options of every evaluation."""
+
+
+_MAKE_SUMS = (
+    *("python", "tools/make_problems.py", "--question", "Calculate {expression} = ? Reply with the result only."),
+    "chain_sum:subject=sum2,min_terms=2,max_terms=2,min_digits=1,max_digits=2",
+    "chain_sum:subject=sum3,min_terms=3,max_terms=3,min_digits=1,max_digits=1",
+    "chain_sum:subject=sum3of2,min_terms=3,max_terms=3,min_digits=2,max_digits=2",
+    "products:subject=product,min_terms=2,max_terms=2,min_digits=1,max_digits=2",
+    *("--seed", "{seed}"),
+)
+TASKS = {
+    "arithmetic": Task(
+        configs="repro",
+        make=(
+            (
+                *("python", "tools/tiny_teacher.py", "--output", "{here}/model", "--data-output", "{here}/data"),
+                *("--seed", "{seed}", "--train-problems={train_problems}", "--test-problems={test_problems}"),
+                *("--validation-problems={validation_problems}", "--steps={teacher_steps}"),
+            ),
+        ),
+        convert=("--calibration-part", "A", "--calibration-field", "question,solution", "--even-load"),
+        evaluate=(
+            *("--pattern", r"#(-?\d+)$", "--answer-format", "pattern", "--template", "plain"),
+            *("--subject-field", "subject", "--solution-field", "solution", "--max-new-tokens", "48"),
+            *("--batch-size", "350", "--samples", "4"),
+        ),
+    ),
+    "smollm2": Task(
+        configs="smollm2",
+        make=(
+            ("python", "tools/smollm2.py", "--output", "{here}/model"),
+            (*_MAKE_SUMS, "--count", "{test_problems}", "--output", "{here}/data/test.jsonl"),
+            (
+                *(*_MAKE_SUMS, "--count", "{train_problems}", "--output", "{here}/data/train.jsonl"),
+                *("--exclude", "{here}/data/test.jsonl"),
+            ),
+        ),
+        convert=(
+            *("--calibration-part", "A", "--calibration-field", "question,answer", "--calibration-template", "chat"),
+            "--even-load",
+        ),
+        evaluate=(
+            *("--answer-format", "last_number", "--template", "chat", "--subject-field", "subject"),
+            *("--solution-field", "answer", "--max-new-tokens", "16", "--batch-size", "50", "--samples", "2"),
+        ),
+    ),
+}
+"""Generated arithmetic for a teacher trained from scratch, and sums and products in words for a real one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """How long everything is trained."""
 
+    task: Task = TASKS["arithmetic"]
     teacher: tuple[str, ...] = (
         *("--hidden-size", "128", "--layers", "4", "--ffn-size", "512", "--heads", "4", "--kv-heads", "4"),
         *("--batch-size", "32", "--bare-share", "0.3", "--levels", "1", "2", "3", "--peak-lr", "4e-3"),
@@ -59,7 +129,10 @@ class Scale:
     """Of the main table; teacher, conversion, warm-up and joint training all follow from one."""
     part_seeds: tuple[int, ...] = (0, 1, 2)
     """Of ablations, Choices and other students, in the first shape."""
-    shapes: tuple[str, ...] = tuple(SHAPES)
+    shapes: tuple[str, ...] = ("quarter", "half", "three-quarters", "twice")
+    methods: tuple[str, ...] = ("vanilla-grpo", "gspo", "rspo", "online-kd", "padd")
+    dense: bool = True
+    """Whether there is a dense model of the student's active size."""
     train_problems: int = 3000
     validation_problems: int = 150
     test_problems: int = 200
@@ -99,10 +172,23 @@ SCALES = {
         validation_problems=2,
         test_problems=2,
     ),
+    "smollm2": Scale(
+        task=TASKS["smollm2"],
+        teacher=(),
+        teacher_rollouts=12,
+        warmup_steps=120,
+        joint_rollouts=20,
+        calibration_tokens=8192,
+        seeds=(0,),
+        part_seeds=(),
+        searched=(),
+        shapes=("smollm2",),
+        methods=("vanilla-grpo", "padd"),
+        dense=False,
+        test_problems=250,
+    ),
 }
 
-CONVERSION = ("--calibration-part", "A", "--calibration-field", "question,solution", "--even-load")
-"""Of every student: calibrated on rows as training shows them, and with an even load from the start."""
 SFT = ("warmup.kd_weight=0", "warmup.init_weight=0")
 """The warm-up of the baselines: as many steps on the same demonstrations, without the teacher and the clusters."""
 
@@ -208,6 +294,12 @@ def _taken(**candidates: int) -> dict[str, tuple[str, ...]]:
 
 TUNED: dict[str, dict[str, tuple[str, ...]]] = {
     "quarter": _taken(sft=1, warmed_up=2, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=1, padd=7),
-    "half": _taken(sft=1, warmed_up=2, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=1, padd=7),
+    "half": _taken(sft=0, warmed_up=4, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=1, padd=7),
+    "smollm2": {
+        "sft": ("optimizer.learning_rate=1e-4",),
+        "warmed-up": ("optimizer.learning_rate=1e-4", "warmup.kd_weight=2"),
+        "vanilla-grpo": ("optimizer.learning_rate=2e-5",),
+        "padd": ("optimizer.learning_rate=2e-5", "distillation.weight=0.5", f"{_GAMMA}=0.01"),
+    },
 }
-"""What of it every row has, by the shape that it was tried on."""
+"""What of it every row has, by the shape that it was tried on; for SmolLM2 nothing was searched."""
