@@ -44,9 +44,15 @@ def model_costs(config: Any, family: Family, slicing: Slicing, dense_layers: int
     active = ffn * (slicing.shared + slicing.top_k) // slicing.experts + router
     layers, dense = config.num_hidden_layers, dense_layers * ffn
     sliced = layers - dense_layers
-    teacher = _cost(config, family, layers * ffn, layers * ffn, n_tables=1 if config.tie_word_embeddings else 2)
+    teacher = dense_cost(config, family)
     student = _cost(config, family, dense + sliced * held, dense + sliced * active, n_tables=2)
     return teacher, student
+
+
+def dense_cost(config: Any, family: Family) -> Cost:
+    """Of a dense model."""
+    ffn = config.num_hidden_layers * 3 * config.hidden_size * config.intermediate_size
+    return _cost(config, family, ffn, ffn, n_tables=1 if config.tie_word_embeddings else 2)
 
 
 def _cost(config: Any, family: Family, held_ffn: int, active_ffn: int, n_tables: int) -> Cost:

@@ -28,6 +28,9 @@ here, name, read = sys.argv[1:]
 if read:
     assert (pathlib.Path(read) / "model").is_dir()
 (pathlib.Path(here) / "model").mkdir()
+cost = dict.fromkeys(("active_parameters", "total_parameters", "matmul_flops_per_token", "more"), 7)
+report = pathlib.Path(here) / "model" / "padd_conversion.json"
+report.write_text(json.dumps({"costs": {"student": cost, "teacher": {}}}))
 responses = [{"correct": name == "b" or row % 2 == 0} for row in range(4)]
 problems = {"pass_at_1": sum(r["correct"] for r in responses) / 4}
 headline = {"problems": problems, "samples": None, "routing": None}
@@ -170,6 +173,7 @@ def made_up_result(cell: Cell, greedy: str) -> dict:
         "fingerprint": cell.fingerprint(),
         "commands": [list(command) for command in cell.commands],
         "seconds": 60.0,
+        "cost": {"active_parameters": 500000, "total_parameters": 1000000, "matmul_flops_per_token": 1000000},
         "headline": {"problems": {"pass_at_1": 0.5}, "samples": samples, "routing": routing},
         "greedy": greedy,
         "sampled": "",
@@ -189,7 +193,9 @@ def test_the_page_has_every_row_its_figures_and_its_commands(tmp_path):
     assert f"{len(cells)} of {len(cells)} cells are there" in text.replace("\n", " ")
     for title in ("Teacher (GRPO)", "Dense-GRPO", "RSPO", "w/o I:", "sign-literal", "random-clusters"):
         assert title in text
-    assert "| **PADD** | 0, 1, 2, 3, 4 | 75.0 (" in text and "+25.0 (" in text
+    assert "| **PADD** | 0, 1, 2, 3, 4 | 0.5 of 1 | 75.0 (" in text and "+25.0 (" in text
+    overview = text.split("## Overview")[1].split("## ")[0]
+    assert overview.count("| 75.0 (") == 4 and overview.count("Dense-GRPO: +25.0 (") == 4
     searches = text.split("## The search, ")[1:]
     assert len(searches) == len(SCALES["full"].searched) == 2
     for part in searches:
@@ -198,7 +204,7 @@ def test_the_page_has_every_row_its_figures_and_its_commands(tmp_path):
         assert search.count("| **`") == len(SEARCH)
     for figure in (tmp_path / "page").iterdir():
         assert f"(page/{figure.name})" in text
-    assert len(list((tmp_path / "page").iterdir())) == 12
+    assert len(list((tmp_path / "page").iterdir())) == 13
 
 
 def test_a_page_of_nothing_is_refused(tmp_path):
@@ -225,6 +231,6 @@ def test_the_path_to_padd_runs_and_is_not_run_twice(tmp_path, repository):
     assert first.returncode == 0, first.stderr[-3000:]
     result = json.loads((tmp_path / "results" / "seed0" / "half" / "joint" / "padd.json").read_text())
     assert len(result["greedy"]) == 14 and result["headline"]["routing"]["shift"] >= 0
-    assert "| **PADD** | 0 |" in (tmp_path / "page.md").read_text()
+    assert "| **PADD** | 0 | 0." in (tmp_path / "page.md").read_text()
     again = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100, check=False)
     assert "5 cells, 5 of them done" in again.stderr

@@ -38,6 +38,24 @@ def bars_figure(path: Path, bars: dict[str, Estimate], reference: str | None) ->
         save(figure, path)
 
 
+def cost_figure(path: Path, rows: dict[str, list[tuple[float, Estimate]]]) -> None:
+    """Pass@1 in percent over active parameters in millions: a line per row, a point with its interval per shape."""
+    with rc_context(RC):
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        for title, points in rows.items():
+            ordered = sorted(points, key=lambda point: point[0])
+            millions = [active for active, _ in ordered]
+            means = [100 * estimate.mean for _, estimate in ordered]
+            below = [100 * (estimate.mean - estimate.low) for _, estimate in ordered]
+            axes.errorbar(millions, means, yerr=below, label=title, fmt="o-", markersize=4, linewidth=1.2, capsize=3)
+        axes.set_xlabel("active parameters, millions")
+        axes.set_ylabel("greedy Pass@1, %")
+        axes.grid(linewidth=0.4)
+        axes.legend(fontsize=8, frameon=False)
+        save(figure, path)
+
+
 def curves_figure(path: Path, curves: dict[str, list[float]], label: str) -> None:
     """Values over rollouts, each the mean of up to WINDOW steps around it."""
     with rc_context(RC):

@@ -9,7 +9,7 @@ from pathlib import Path
 from padd_ds.errors import UserError
 from padd_ds.files import write_text_whole
 from tools.experiment.cell import Cell
-from tools.experiment.figures import bars_figure, curves_figure
+from tools.experiment.figures import bars_figure, cost_figure, curves_figure
 from tools.experiment.result import Result
 from tools.experiment.search import search_section
 from tools.experiment.settings import ABLATIONS, CHOICES, METHODS, SHAPES, STUDENTS, Scale, Shape
@@ -42,6 +42,8 @@ TITLES = {
     "without-ii-iii-iv": "I alone, then Vanilla-GRPO",
 }
 MAIN_ROWS = ("teacher-sft", "teacher", "converted", "sft", "warmed-up", "dense-narrowed", "dense-sft", "dense-grpo")
+OVERVIEW = ("seeds", "Teacher (GRPO)", "Vanilla-GRPO", "PADD", "ahead of Vanilla-GRPO", "of the teacher", "of the best")
+OVERVIEW_ROWS = ("teacher", "vanilla-grpo", "padd")
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "experiment.md"
 HEAD = """# Results
 
@@ -51,8 +53,9 @@ are there.
 
 Greedy Pass@1 in percent with the 95 % interval over the questions of these seeds; *sampled*: mean of 4 responses at
 temperature 1. *PADD ahead by*: PADD minus the row, question by question, with its 95 % interval over questions, and the
-two-sided p of a paired t-test over seeds. *shift*: mean router shift since the student that the stage began with;
-*load*: maximal violation on the test problems' solutions.
+two-sided p of a paired t-test over seeds. *active*: parameters that a token passes through, of all that are held.
+*shift*: mean router shift since the student that the stage began with; *load*: maximal violation on the test problems'
+solutions.
 """
 
 
@@ -67,14 +70,17 @@ def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name:
     counts = {"done": len(there), "total": len(cells)}
     parts = [HEAD.format(target=target, scale=name, results=results.name, guide=guide, **counts)]
     figures = path.with_name(path.stem)
-    for shape in scale.shapes:
-        rows = main_rows(there, shape)
-        if "padd" in rows:
-            parts.append(f"## {headline(SHAPES[shape])}\n\n{table(rows, rows['padd'])}")
-            parts.append(figures_of(rows, figures, shape))
+    figures.mkdir(parents=True, exist_ok=True)
+    tables = {shape: main_rows(there, shape) for shape in scale.shapes}
+    tables = {shape: rows for shape, rows in tables.items() if "padd" in rows}
+    if tables:
+        parts.append(overview(tables, figures))
+    for shape, rows in tables.items():
+        parts.append(f"## {headline(SHAPES[shape])}\n\n{table(rows, rows['padd'])}")
+        parts.append(figures_of(rows, figures, shape))
     rows = part_rows(there, scale.shapes[0])
     if rows:
-        padd = main_rows(there, scale.shapes[0])["padd"]
+        padd = tables[scale.shapes[0]]["padd"]
         parts.append(f"## PADD without its parts, and with other Choices ({SHAPES[scale.shapes[0]].title})\n")
         parts.append(table({"padd": padd} | rows, padd))
     for shape in scale.searched:
@@ -125,16 +131,47 @@ def in_order(group: Group) -> Group:
     return sorted(group, key=lambda result: result["seed"])
 
 
+def overview(tables: dict[str, dict[str, Group]], figures: Path) -> str:
+    """PADD beside the teacher, Vanilla-GRPO and the best baseline, a line per shape; and the main rows as points."""
+    lines = [f"| student | {' | '.join(OVERVIEW)} |", "|---" * (1 + len(OVERVIEW)) + "|"]
+    points: dict[str, dict[str, tuple[float, Estimate]]] = defaultdict(dict)
+    for shape, rows in tables.items():
+        padd = rows["padd"]
+        baselines = [name for name in ("dense-grpo", *METHODS) if name in rows and name != "padd"]
+        best = max(baselines, key=lambda name: pooled_greedy(rows[name]).mean, default=None)
+        seeds = ", ".join(str(result["seed"]) for result in padd)
+        three = [
+            shown(pooled_greedy(rows[name])) if name in rows else "" for name in ("teacher", "vanilla-grpo", "padd")
+        ]
+        leads = [ahead(rows[name], padd) if name in rows else "" for name in ("vanilla-grpo", "teacher")]
+        against_best = f"{TITLES[best]}: {ahead(rows[best], padd)}" if best else ""
+        lines.append(f"| {' | '.join([SHAPES[shape].title, seeds, *three, *leads, against_best])} |")
+        for name in ("teacher", "dense-grpo", "vanilla-grpo", "online-kd", "padd"):
+            if name in rows:
+                point = (active_millions(rows[name]), pooled_greedy(rows[name]))
+                points[TITLES[name].strip("*")][shape] = point
+    cost_figure(figures / "cost.svg", {title: list(of.values()) for title, of in points.items()})
+    return "\n".join(["## Overview", "", *lines, "", f"![Pass@1 and active parameters]({figures.name}/cost.svg)"])
+
+
+def active_millions(group: Group) -> float:
+    """Active parameters, in millions."""
+    return group[0]["cost"]["active_parameters"] / 1e6
+
+
+def pooled_greedy(group: Group) -> Estimate:
+    return pooled([greedy(result) for result in group])
+
+
 def table(rows: dict[str, Group], padd: Group) -> str:
     """A markdown table, a row per group."""
-    head = "| | seeds | Pass@1 | sampled | PADD ahead by | shift | NMI | ESI | load | minutes |"
-    lines = [head, "|---" * 10 + "|"]
+    head = "| | seeds | active, M | Pass@1 | sampled | PADD ahead by | shift | NMI | ESI | load | minutes |"
+    lines = [head, "|---" * 11 + "|"]
     lines += [f"| {' | '.join(row_cells(name, group, padd))} |" for name, group in rows.items()]
     return "\n".join(lines)
 
 
 def row_cells(name: str, group: Group, padd: Group) -> list[str]:
-    estimate = pooled([greedy(result) for result in group])
     sampled = mean_of(group, lambda result: 100 * result["headline"]["samples"]["pass_at_1"])
     routing = [
         mean_of(group, lambda result, key=key: (result["headline"]["routing"] or {}).get(key), digits)  # type: ignore[misc]
@@ -142,7 +179,10 @@ def row_cells(name: str, group: Group, padd: Group) -> list[str]:
     ]
     minutes = mean_of(group, lambda result: result["seconds"] / 60)
     seeds = ", ".join(str(result["seed"]) for result in group)
-    return [TITLES.get(name, name), seeds, shown(estimate), sampled, ahead(group, padd), *routing, minutes]
+    cost = group[0]["cost"]
+    active = f"{active_millions(group):.3g} of {cost['total_parameters'] / 1e6:.3g}"
+    estimate = shown(pooled_greedy(group))
+    return [TITLES.get(name, name), seeds, active, estimate, sampled, ahead(group, padd), *routing, minutes]
 
 
 def ahead(group: Group, padd: Group) -> str:
@@ -175,8 +215,7 @@ def mean_of(group: Group, value: Callable[[Result], float | None], digits: int =
 
 def figures_of(rows: dict[str, Group], folder: Path, shape: str) -> str:
     """Pass@1 as bars, and curves of reward, load and shift, as files beside the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    bars = {name: pooled([greedy(result) for result in group]) for name, group in rows.items()}
+    bars = {name: pooled_greedy(group) for name, group in rows.items()}
     titles = {name: TITLES[name].strip("*") for name in rows}
     bars_figure(folder / f"{shape}-pass.svg", {titles[name]: bar for name, bar in bars.items()}, titles.get("teacher"))
     trained = {titles[name]: rows[name] for name in (*METHODS, "dense-grpo") if name in rows}

@@ -1,9 +1,15 @@
 """What is kept of a cell: its figures, every verdict, and the curves of its training."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
+from padd_ds.conversion.costs import dense_cost
+from padd_ds.conversion.families import check_supported
+from padd_ds.conversion.report import FILE_NAME
 from tools.experiment.cell import Cell
 
 Result = dict[str, Any]
@@ -26,6 +32,7 @@ CURVES = (
     "router_entropy_nats",
     "grad_norm",
 )
+COSTS = ("active_parameters", "total_parameters", "matmul_flops_per_token")
 PHASES = ("seconds_rollout", "seconds_scoring", "seconds_update")
 
 
@@ -45,11 +52,23 @@ def cell_result(cell: Cell, here: Path, *, commit: str, seconds: float) -> Resul
         "commands": [list(command) for command in cell.commands],
         "seconds": round(seconds, 1),
         "seconds_by_phase": {name: round(sum(step.get(name, 0.0) for step in steps), 1) for name in PHASES},
+        "cost": model_cost(here / "model"),
         "headline": rounded(headline),
         "greedy": "".join(str(int(response["correct"])) for response in evaluation["responses"]),
         "sampled": counts_by_problem(evaluation),
         "curves": {name: [rounded(step[name]) for step in steps] for name in CURVES if steps and name in steps[0]},
     }
+
+
+def model_cost(folder: Path) -> dict[str, int]:
+    """COSTS of a dense model, or of a student with the report of its conversion."""
+    report = folder / FILE_NAME
+    if report.exists():
+        cost = json.loads(report.read_text(encoding="utf-8"))["costs"]["student"]
+    else:
+        config = AutoConfig.from_pretrained(folder)
+        cost = asdict(dense_cost(config, check_supported(config, str(folder))))
+    return {name: cost[name] for name in COSTS}
 
 
 def counts_by_problem(evaluation: dict[str, Any]) -> str:
