@@ -101,7 +101,9 @@ class WarmupConfig:
     batch_size: Count = 32
     """Sequences per optimiser step, over all ranks."""
     kd_weight: NonNegative = 0.5
-    """alpha: weight of KL(teacher || student) over the next token."""
+    """alpha: weight of L_KD, the divergence over the next token."""
+    kd_direction: Literal["forward", "reverse", "jsd"] = "forward"
+    """Choice: `forward` is KL(teacher || student), `reverse` KL(student || teacher), `jsd` lies between."""
     init_weight: NonNegative = 0.1
     """beta: weight of L_init, the divergence of expert activity from the clusters' p_T."""
     init_tokens: Count = 256
