@@ -61,6 +61,19 @@ def test_cells_follow_what_they_need_and_leave_results(cells, tmp_path):
     assert json.loads((tmp_path / "results" / "a.json").read_text())["greedy"] == "1010"
 
 
+def test_verify_makes_a_cell_again_aside_and_compares(cells, tmp_path):
+    with pytest.raises(UserError, match="a: has no result to compare with"):
+        runner(tmp_path).verify(cells)
+    runner(tmp_path).run(cells)
+    before = sorted(path.name for path in (tmp_path / "work").iterdir())
+    runner(tmp_path).verify(cells)
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == before
+    path = tmp_path / "results" / "b.json"
+    path.write_text(path.read_text().replace('"1111"', '"1110"'))
+    with pytest.raises(UserError, match="b: greedy came out otherwise"):
+        runner(tmp_path).verify(cells)
+
+
 def test_what_is_done_is_not_done_again(cells, tmp_path):
     runner(tmp_path).run(cells)
     assert runner(tmp_path).todo(cells) == []
@@ -234,3 +247,8 @@ def test_the_path_to_padd_runs_and_is_not_run_twice(tmp_path, repository):
     assert "| **PADD** | 0 | 0." in (tmp_path / "page.md").read_text()
     again = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100, check=False)
     assert "5 cells, 5 of them done" in again.stderr
+    verified = subprocess.run(
+        [*command, "--verify"], cwd=repository, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert verified.returncode == 0, verified.stderr[-3000:]
+    assert "seed0/half/joint/padd: the same greedy, sampled, headline, curves" in verified.stderr

@@ -32,6 +32,8 @@ CURVES = (
     "router_entropy_nats",
     "grad_norm",
 )
+REPRODUCED = ("greedy", "sampled", "headline", "curves")
+"""What a second run of a cell on the same machine gives again, to the last digit."""
 COSTS = ("active_parameters", "total_parameters", "matmul_flops_per_token")
 PHASES = ("seconds_rollout", "seconds_scoring", "seconds_update")
 
