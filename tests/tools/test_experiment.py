@@ -19,7 +19,7 @@ from tools.experiment.cell import Cell, with_needs
 from tools.experiment.page import write_page
 from tools.experiment.plan import all_cells
 from tools.experiment.runner import Runner
-from tools.experiment.settings import SCALES, SEARCH
+from tools.experiment.settings import SCALES, SEARCH, TUNED
 from tools.experiment.statistics import over_seeds, paired_over_questions, pooled
 
 SCRIPT = """
@@ -252,3 +252,18 @@ def test_the_path_to_padd_runs_and_is_not_run_twice(tmp_path, repository):
     )
     assert verified.returncode == 0, verified.stderr[-3000:]
     assert "seed0/half/joint/padd: the same greedy, sampled, headline, curves" in verified.stderr
+
+
+@pytest.mark.parametrize("shape", SCALES["full"].searched)
+def test_what_the_rows_have_is_the_best_of_their_search(repository, shape):
+    means: dict[str, dict[str, float]] = {}
+    for cell in all_cells(SCALES["full"]):
+        path = repository / "results" / "full" / f"{cell.name}.json"
+        if (cell.facts["kind"], cell.facts.get("shape")) == ("search", shape) and path.exists():
+            headline = json.loads(path.read_text())["headline"]
+            mean = headline["problems"]["pass_at_1"] + headline["samples"]["pass_at_1"]
+            means.setdefault(str(cell.facts["row"]), {})[str(cell.facts["options"])] = mean
+    complete = {row: found for row, found in means.items() if len(found) == len(SEARCH[row])}
+    assert {"sft", "warmed-up", "dense-grpo"} <= set(complete)
+    for row, found in complete.items():
+        assert max(found, key=lambda options: found[options]) == " ".join(TUNED[shape][row]), row

@@ -44,6 +44,8 @@ TITLES = {
 MAIN_ROWS = ("teacher-sft", "teacher", "converted", "sft", "warmed-up", "dense-narrowed", "dense-sft", "dense-grpo")
 OVERVIEW = ("seeds", "Teacher (GRPO)", "Vanilla-GRPO", "PADD", "ahead of Vanilla-GRPO", "of the teacher", "of the best")
 OVERVIEW_ROWS = ("teacher", "vanilla-grpo", "padd")
+PROVENANCE = """`{work}` is the folder of all cells, `{here}` that of the row's cell. A commit with a + had changes
+that were not committed. `python tools/repro.py --only CELL --verify` makes a cell again and compares."""
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "experiment.md"
 HEAD = """# Results
 
@@ -236,17 +238,17 @@ def mean_curve(group: Group, key: str) -> list[float]:
 
 
 def provenance(there: dict[str, Result]) -> str:
-    """The commands of one seed for every kind of row, and the commits."""
-    commits = sorted({result["commit"] for result in there.values()})
-    where = "`{work}` is the folder of all cells, `{here}` that of the row's cell; seeds stand in the tables"
-    lines = ["## Commands", "", f"Commits: {', '.join(commits)}. {where}."]
-    shown_rows: set[str] = set()
+    """The commands of one cell for every row, with the seeds and commits of all."""
+    rows: dict[str, Group] = defaultdict(list)
     for result in there.values():
-        row = result.get("method") or result.get("row") or result["kind"]
-        key = f"{result.get('shape', '')} {row}".strip()
-        if key not in shown_rows:
-            shown_rows.add(key)
-            lines += ["", f"`{result['cell']}`:", "", "```", *(command_line(c) for c in result["commands"]), "```"]
+        row = result.get("row") or result.get("method") or result["kind"]
+        rows[f"{result['kind']} {result.get('shape', '')} {row}"].append(result)
+    lines = ["## Commands", "", PROVENANCE]
+    for group in rows.values():
+        seeds = ", ".join(str(seed) for seed in sorted({result["seed"] for result in group}))
+        commits = ", ".join(sorted({result["commit"] for result in group}))
+        commands = [command_line(command) for command in group[0]["commands"]]
+        lines += ["", f"`{group[0]['cell']}`, seeds {seeds}, commits {commits}:", "", "```", *commands, "```"]
     return "\n".join(lines)
 
 
