@@ -178,7 +178,7 @@ def test_paired_questions_see_a_small_steady_difference():
 
 def made_up_result(cell: Cell, greedy: str) -> dict:
     routing = {"shift": 0.01, "nmi": 0.02, "esi_nats": 0.03, "max_violation": 0.4}
-    samples = {"pass_at_1": 0.5}
+    samples = {"pass_at_1": 0.5, "samples": 4}
     return {
         "cell": cell.name,
         **cell.facts,
@@ -189,7 +189,7 @@ def made_up_result(cell: Cell, greedy: str) -> dict:
         "cost": {"active_parameters": 500000, "total_parameters": 1000000, "matmul_flops_per_token": 1000000},
         "headline": {"problems": {"pass_at_1": 0.5}, "samples": samples, "routing": routing},
         "greedy": greedy,
-        "sampled": "",
+        "sampled": "4222" if greedy == "1110" else "2222",
         "curves": {"reward_correct": [0.1, 0.2, 0.3], "load_max_violation": [0.4, 0.3, 0.2]},
     }
 
@@ -208,7 +208,9 @@ def test_the_page_has_every_row_its_figures_and_its_commands(tmp_path):
         assert title in text
     assert "| **PADD** | 0, 1, 2, 3, 4 | 0.5 of 1 | 75.0 (" in text and "+25.0 (" in text
     overview = text.split("## Overview")[1].split("## ")[0]
+    assert overview.count("| greedy | 0, 1, 2, 3, 4 |") == overview.count("| sampled | 0, 1, 2, 3, 4 |") == 4
     assert overview.count("| 75.0 (") == 4 and overview.count("Dense-GRPO: +25.0 (") == 4
+    assert overview.count("| 62.5 (") == 4 and overview.count("Dense-GRPO: +12.5 (") == 4
     searches = text.split("## The search, ")[1:]
     assert len(searches) == len(SCALES["full"].searched) == 2
     for part in searches:
