@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ import yaml
 
 from padd_ds import cache
 from padd_ds.data.batches import supervised_batch
+from padd_ds.data.problems import Problem
+from padd_ds.data.prompts import resolve_template
 from padd_ds.errors import UserError
 from padd_ds.evaluation import record as recording
 from padd_ds.evaluation.generate import Response
 from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import distillation_sum, recorded_distillation_sum, top_outcomes
 from padd_ds.offline.cache import TeacherCache
+from tests.largest import LargestFloat32
 from tests.tiny import tiny_student
 from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
 
@@ -81,6 +85,41 @@ def test_likelihoods_come_back_as_the_teacher_gives_them(folder):
     torch.testing.assert_close(logprobs_BRQ[mask_BR], logprobs, atol=1e-5, rtol=1e-5)
     assert (top_ids_BRK[mask_BR] == top_ids).float().mean() > 0.9
     assert logprobs_BRQ[mask_BR].exp().sum(-1).tolist() == pytest.approx([1.0] * int(mask_BR.sum()), abs=1e-5)
+
+
+def test_recording_holds_few_logits_and_fewer_in_fp32(folder, monkeypatch):
+    """32 rows of 7 to 20 target tokens, with room for the logits of 40 tokens and 4 of them in fp32."""
+    vocabulary, passes = 5000, []
+
+    def logits(model, ids_BL, mask_BL, n_response):
+        passes.append((len(ids_BL), n_response))
+        generator = torch.Generator().manual_seed(len(passes))
+        return torch.randn(len(ids_BL), n_response, vocabulary, generator=generator, dtype=torch.bfloat16)
+
+    problems = [Problem(question="a", answer="", solution="#" * (6 + row % 14)) for row in range(32)]
+    monkeypatch.setattr(recording, "response_logits", logits)
+    monkeypatch.setattr(recording, "SCORED_TOKENS", 40)
+    monkeypatch.setattr(recording, "CHUNK_TOKENS", 4)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    options = recording.RecordOptions(template=resolve_template("plain"), top_k=5)
+    with LargestFloat32() as largest:
+        recording.record(model, make_tokenizer(), problems, options, folder / "few", {"vocabulary": vocabulary})
+    assert passes == [(2, 20)] * 16
+    assert vocabulary < largest.elements <= 4 * vocabulary
+
+
+@pytest.mark.parametrize(("scored_tokens", "chunk_tokens"), [(1, 1), (9, 2)])
+def test_the_pieces_of_a_recording_do_not_change_it(folder, monkeypatch, scored_tokens, chunk_tokens):
+    cache.main(arguments(folder))
+    (folder / "cache").rename(folder / "whole")
+    monkeypatch.setattr(recording, "SCORED_TOKENS", scored_tokens)
+    monkeypatch.setattr(recording, "CHUNK_TOKENS", chunk_tokens)
+    cache.main(arguments(folder))
+    batch = batch_of(ROWS)
+    asked = batch["input_ids_BT"], batch["attention_mask_BT"], batch["target_mask_BR"]
+    whole, pieces = (TeacherCache.open(folder / name).batch(*asked) for name in ("whole", "cache"))
+    assert torch.equal(whole[0], pieces[0])
+    torch.testing.assert_close(whole[1], pieces[1])
 
 
 def test_right_responses_are_kept_once_and_can_be_trained_on(folder, monkeypatch):
