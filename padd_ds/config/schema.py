@@ -6,15 +6,21 @@ out of range are errors. A field's docstring gives its unit, its range and the e
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=False)
 section = dataclass(frozen=True, kw_only=True, config=_STRICT)
+
+
+def _off(value: object) -> object:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
 
 
 @section
@@ -253,7 +259,7 @@ class RoutingConfig:
     """Standard deviation of normal noise on the selection while training, in spreads of the router's scores."""
     train_router: bool = True
     """Whether joint training changes the router."""
-    replay: Literal["off", "old_policy", "rollout"] = "off"
+    replay: Annotated[Literal["off", "old_policy", "rollout"], BeforeValidator(_off)] = "off"
     """Whether an update routes every token as the policy before the first update of its rollout did (`old_policy`), or
     as the rollout itself did (`rollout`, for the scoring before the updates too); weights follow the new policy."""
 
@@ -273,8 +279,8 @@ class LogConfig:
     routing_every_steps: Count = 10
     """Steps between lines of routing/routing.jsonl (per layer and expert)."""
     gradients_every_steps: Annotated[int, Field(ge=0)] = 10
-    """Steps between measurements of the gradient norm of every term of the loss alone, on the first micro-batch: one
-    more forward pass, and a backward pass per term. 0: never."""
+    """Steps between measurements of the gradient norm of every term of the loss alone, on a micro-batch that is drawn:
+    one more forward pass, and a backward pass per term. 0: never."""
     tensorboard: bool = True
     """Write tensorboard event files."""
 

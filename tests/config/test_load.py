@@ -76,6 +76,12 @@ def test_a_mistake_is_named_with_its_remedy(run_yaml: Path, override: str, messa
     assert "\n" not in str(raised.value)
 
 
+def test_a_bare_off_is_no_false(run_yaml: Path) -> None:
+    assert load_run_config(run_yaml, ["routing.replay=off"]).routing.replay == "off"
+    with pytest.raises(UserError, match=r"routing\.replay"):
+        load_run_config(run_yaml, ["routing.replay=true"])
+
+
 def test_a_missing_key_is_named(run_yaml: Path) -> None:
     run_yaml.write_text(yaml.safe_dump({name: value for name, value in MINIMAL.items() if name != "steps"}))
     with pytest.raises(UserError, match="steps is missing"):
