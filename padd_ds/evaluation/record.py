@@ -178,9 +178,10 @@ def _finish(work: Path, paths: Sequence[Path], options: RecordOptions, source: d
         shutil.rmtree(work)
         raise UserError("the teacher has no right response to any question; check the template and the answer format")
     lines = [json.dumps(target, ensure_ascii=False) for target in targets]
-    (work / RESPONSES_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    responses = work / RESPONSES_NAME
+    responses.write_text("\n".join(lines) + "\n", encoding="utf-8")
     counts = {"targets": len(targets), "questions": len({target["question"] for target in targets})}
-    write_index(work, {**source, "top_k": options.top_k, **counts}, paths)
+    write_index(work, {**source, "top_k": options.top_k, **counts}, responses, paths)
     (work / "plan").unlink()
     give_usual_modes(work)
     return counts

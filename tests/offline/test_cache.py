@@ -14,13 +14,17 @@ from padd_ds import cache
 from padd_ds.data.batches import supervised_batch
 from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import resolve_template
+from padd_ds.engine.ranks import Ranks, together
 from padd_ds.errors import UserError
 from padd_ds.evaluation import record as recording
 from padd_ds.evaluation.generate import Response
+from padd_ds.files import sha256_of
 from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import distillation_sum, recorded_distillation_sum, top_outcomes
+from padd_ds.offline import cache as offline
 from padd_ds.offline.cache import TeacherCache
 from tests.largest import LargestFloat32
+from tests.ranks import run_ranks
 from tests.tiny import tiny_student
 from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
 
@@ -177,22 +181,83 @@ def test_what_another_recording_left_is_not_taken_up(folder, monkeypatch):
     assert TeacherCache.open(folder / "cache").top_k == 2
 
 
-def test_a_changed_shard_and_an_unknown_target_are_refused(folder):
+def test_an_unknown_target_is_refused(folder):
     cache.main(arguments(folder))
     batch = batch_of([{"question": "9 plus 9?", "solution": "#18"}])
     with pytest.raises(UserError, match="a target of the training data is not in it"):
         TeacherCache.open(folder / "cache").batch(
             batch["input_ids_BT"], batch["attention_mask_BT"], batch["target_mask_BR"]
         )
-    shard = folder / "cache" / "shard_00001.safetensors"
-    contents = bytearray(shard.read_bytes())
-    contents[-1] ^= 1
-    shard.write_bytes(contents)
-    with pytest.raises(UserError, match=r"shard_00001\.safetensors: missing or changed"):
+
+
+def changed(path):
+    """The last byte but one, which no format notices."""
+    contents = bytearray(path.read_bytes())
+    contents[-2] ^= 1
+    path.write_bytes(contents)
+
+
+def cut(path):
+    """Its second half is gone."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("harm", [changed, cut, Path.unlink])
+@pytest.mark.parametrize("name", ["shard_00001.safetensors", "responses.jsonl"])
+def test_a_harmed_file_is_named_with_the_remedy(folder, name, harm):
+    cache.main(arguments(folder))
+    harm(folder / "cache" / name)
+    with pytest.raises(UserError, match=rf"{name}: missing or changed since it was written; record it again") as raised:
+        TeacherCache.open(folder / "cache")
+    assert "\n" not in str(raised.value)
+
+
+def test_so_is_a_harmed_index(folder):
+    cache.main(arguments(folder))
+    cut(folder / "cache" / "cache.json")
+    with pytest.raises(UserError, match=r"cache\.json: not readable as JSON .*; record it again"):
+        TeacherCache.open(folder / "cache")
+    (folder / "cache" / "cache.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(UserError, match=r"cache\.json: format 1 is not 2; record it again"):
         TeacherCache.open(folder / "cache")
     (folder / "cache" / "cache.json").unlink()
     with pytest.raises(UserError, match=r"no cache\.json in it"):
         TeacherCache.open(folder / "cache")
+
+
+def files_hashed(monkeypatch, folder):
+    hashed = []
+    monkeypatch.setattr(offline, "sha256_of", lambda path: (hashed.append(path.name), sha256_of(path))[1])
+    TeacherCache.open(folder)
+    return hashed
+
+
+def test_the_first_rank_hashes_every_file_once_and_no_other_does(folder, monkeypatch):
+    cache.main(arguments(folder))
+    shards = [f"shard_{number:05d}.safetensors" for number in range(3)]
+    assert files_hashed(monkeypatch, folder / "cache") == ["responses.jsonl", *shards]
+    monkeypatch.setenv("RANK", "1")
+    assert files_hashed(monkeypatch, folder / "cache") == []
+    cut(folder / "cache" / shards[2])
+    with pytest.raises(UserError, match=rf"{shards[2]}: cannot be read .*; record it again"):
+        TeacherCache.open(folder / "cache")
+
+
+def verdict(ranks: Ranks, folder: str) -> str:
+    try:
+        together(lambda: TeacherCache.open(Path(folder)), ranks)
+    except UserError as error:
+        return str(error)
+    return "whole"
+
+
+@pytest.mark.ranks
+def test_every_rank_stops_at_what_the_first_finds(folder):
+    cache.main(arguments(folder))
+    assert run_ranks(verdict, 2, str(folder / "cache")) == ["whole", "whole"]
+    changed(folder / "cache" / "responses.jsonl")
+    first, second = run_ranks(verdict, 2, str(folder / "cache"))
+    assert first == second and "responses.jsonl: missing or changed" in first
 
 
 @pytest.mark.parametrize(
