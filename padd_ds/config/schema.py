@@ -213,7 +213,8 @@ class PolicyConfig:
     """Weight of KL(student || reference) beside the policy loss, whose means it shares; the paper has none."""
     importance_cap: Positive | None = None
     """Multiply advantages by min(old policy / rollout, cap) per token, where the rollout may draw from another
-    distribution than training computes (another engine or precision); default: no correction."""
+    distribution than training computes (another engine or precision); rollout.top_p must be 1. Default: no
+    correction."""
     weight: NonNegative = 1.0
     """Weight of the policy loss beside the distillation loss."""
 
@@ -280,7 +281,8 @@ class LogConfig:
     """Steps between lines of routing/routing.jsonl (per layer and expert)."""
     gradients_every_steps: Annotated[int, Field(ge=0)] = 10
     """Steps between measurements of the gradient norm of every term of the loss alone, on a micro-batch that is drawn:
-    one more forward pass, and a backward pass per term. 0: never."""
+    one more forward pass, a backward pass per term, and room for the gradients of the rank's parameters once more. 0:
+    never."""
     tensorboard: bool = True
     """Write tensorboard event files."""
 
@@ -333,6 +335,15 @@ class RunConfig:
     def _aux_loss_reaches_a_router(self) -> "RunConfig":
         if self.stage == "joint" and self.balance.kind == "aux_loss" and not self.routing.train_router:
             raise ValueError("balance.kind is aux_loss, which acts on the router: set routing.train_router=true")
+        return self
+
+    @model_validator(mode="after")
+    def _importance_is_that_of_the_whole_distribution(self) -> "RunConfig":
+        if self.has_rollouts and self.policy.importance_cap is not None and self.rollout.top_p < 1:
+            raise ValueError(
+                f"policy.importance_cap cannot correct for rollout.top_p {self.rollout.top_p}, as the rollout's "
+                "likelihoods are taken before it: set rollout.top_p=1, or policy.importance_cap=null"
+            )
         return self
 
     @property
