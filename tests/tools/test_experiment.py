@@ -253,7 +253,7 @@ def test_the_path_to_padd_runs_and_is_not_run_twice(tmp_path, repository):
         [*command, "--verify"], cwd=repository, capture_output=True, text=True, timeout=600, check=False
     )
     assert verified.returncode == 0, verified.stderr[-3000:]
-    assert "seed0/half/joint/padd: the same greedy, sampled, headline, curves" in verified.stderr
+    assert "seed0/half/joint/padd: the same greedy, sampled, headline and curves" in verified.stderr
 
 
 @pytest.mark.parametrize("shape", SCALES["full"].searched)

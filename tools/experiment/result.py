@@ -37,8 +37,8 @@ CURVES = (
     "grad_norm_init",
     "grad_norm_policy",
 )
-REPRODUCED = ("greedy", "sampled", "headline", "curves")
-"""What a second run of a cell on the same machine gives again, to the last digit."""
+REPRODUCED = ("greedy", "sampled", "headline")
+"""What a second run of a cell on the same machine gives again, to the last digit, beside the curves."""
 COSTS = ("active_parameters", "total_parameters", "matmul_flops_per_token")
 PHASES = ("seconds_rollout", "seconds_scoring", "seconds_update")
 
@@ -63,12 +63,14 @@ def cell_result(cell: Cell, here: Path, *, commit: str, seconds: float) -> Resul
         "headline": rounded(headline),
         "greedy": "".join(str(int(response["correct"])) for response in evaluation["responses"]),
         "sampled": counts_by_problem(evaluation),
-        "curves": {
-            name: [rounded(step[name]) for step in steps if name in step]
-            for name in CURVES
-            if steps and name in steps[0]
-        },
+        "curves": curves_of(steps),
     }
+
+
+def curves_of(steps: list[dict[str, float]]) -> dict[str, list[float]]:
+    """The CURVES that the first step has, without the steps that lack them."""
+    names = [name for name in CURVES if steps and name in steps[0]]
+    return {name: [rounded(step[name]) for step in steps if name in step] for name in names}
 
 
 def model_cost(folder: Path) -> dict[str, int]:

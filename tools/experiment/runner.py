@@ -106,10 +106,10 @@ class Runner:
             kept = json.loads((self.results / f"{cell.name}.json").read_text(encoding="utf-8"))
             with TemporaryDirectory(dir=self.work, prefix=".verify-") as here:
                 result = json.loads(as_text(self._make(cell, Path(here))))
-            different = [key for key in REPRODUCED if result[key] != kept[key]]
+            different = differences(result, kept)
             if different:
                 raise UserError(f"{cell.name}: {', '.join(different)} came out otherwise than in {self.results}")
-            say(f"{cell.name}: the same {', '.join(REPRODUCED)}")
+            say(f"{cell.name}: the same {', '.join(REPRODUCED)} and curves")
 
     def _run_command(self, command: list[str], log: Any, folder: Path) -> None:
         log.write(f"== {shlex.join(command)}\n")
@@ -136,6 +136,14 @@ class Runner:
             self._stopped = True
             for process in self._running:
                 os.killpg(process.pid, signal.SIGTERM)
+
+
+def differences(result: Result, kept: Result) -> list[str]:
+    """What two results of a cell do not share; a curve that only `result` has is no difference."""
+    names = [name for name in REPRODUCED if result[name] != kept[name]]
+    return names + [
+        f"the curve {name}" for name in kept["curves"] if result["curves"].get(name) != kept["curves"][name]
+    ]
 
 
 def end_on_sigterm() -> None:
