@@ -66,6 +66,15 @@ def write_index(folder: Path, facts: dict[str, Any], responses: Path, shards: Se
     (folder / INDEX_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
+def check_responses(source: str) -> None:
+    """UserError where `source` is the responses of a cache and no longer what was recorded."""
+    path = Path(source)
+    if (path.parent / INDEX_NAME).is_file():
+        entry = _read_index(path.parent)["responses"]
+        if path.name == entry["file"]:
+            _check_file(path, entry["sha256"])
+
+
 @dataclass(kw_only=True)
 class TeacherCache:
     """A folder written by padd-cache; `open` checks every file against its SHA-256."""
@@ -129,9 +138,7 @@ class TeacherCache:
 
     def _check_files(self) -> None:
         for entry in [self.facts["responses"], *self.facts["shards"]]:
-            path = self.folder / entry["file"]
-            if not path.is_file() or sha256_of(path) != entry["sha256"]:
-                raise UserError(f"{path}: missing or changed since it was written; {REMEDY}")
+            _check_file(self.folder / entry["file"], entry["sha256"])
 
     def _shard(self, number: int) -> Any:
         if number not in self._open:
@@ -141,6 +148,11 @@ class TeacherCache:
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); {REMEDY}") from error
         return self._open[number]
+
+
+def _check_file(path: Path, sha256: str) -> None:
+    if not path.is_file() or sha256_of(path) != sha256:
+        raise UserError(f"{path}: missing or changed since it was written; {REMEDY}")
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

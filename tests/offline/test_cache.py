@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from padd_ds import cache
+from padd_ds.config.schema import DataConfig
 from padd_ds.data.batches import supervised_batch
 from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import resolve_template
@@ -23,9 +24,11 @@ from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import distillation_sum, recorded_distillation_sum, top_outcomes
 from padd_ds.offline import cache as offline
 from padd_ds.offline.cache import TeacherCache
+from padd_ds.stages.materials import read_training_data
 from tests.largest import LargestFloat32
 from tests.ranks import run_ranks
 from tests.tiny import tiny_student
+from tests.world import joint_config
 from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
 
 ROWS = [
@@ -210,6 +213,16 @@ def test_a_harmed_file_is_named_with_the_remedy(folder, name, harm):
     with pytest.raises(UserError, match=rf"{name}: missing or changed since it was written; record it again") as raised:
         TeacherCache.open(folder / "cache")
     assert "\n" not in str(raised.value)
+
+
+def test_changed_responses_are_no_training_data(folder):
+    cache.main(arguments(folder))
+    responses = folder / "cache" / "responses.jsonl"
+    offline.check_responses(str(responses))
+    changed(responses)
+    with pytest.raises(UserError, match=r"responses\.jsonl: missing or changed"):
+        read_training_data(joint_config(data=DataConfig(source=str(responses))), make_tokenizer())
+    offline.check_responses(str(folder / "data.jsonl"))
 
 
 def test_so_is_a_harmed_index(folder):
