@@ -78,14 +78,15 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def response_logits(model: Any, input_ids_BL: torch.Tensor, mask_BL: torch.Tensor, n_response: int) -> torch.Tensor:
     """[B, R, V]: logits that predict the last `n_response` tokens; the prompt's are never computed."""
-    logits_BKV = model(
+    length = input_ids_BL.shape[1]
+    return model(
         input_ids=input_ids_BL,
         attention_mask=mask_BL,
         position_ids=position_ids(mask_BL),
-        logits_to_keep=n_response + 1,
+        # Positions, not a number of them: the last one's logits would have to be cut off, and all others copied.
+        logits_to_keep=torch.arange(length - n_response - 1, length - 1, device=input_ids_BL.device),
         use_cache=False,
     ).logits
-    return logits_BKV[:, :-1]
 
 
 def position_ids(mask_BL: torch.Tensor) -> torch.Tensor:

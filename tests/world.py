@@ -4,19 +4,14 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from padd_ds.config.schema import DataConfig, ModelConfig, OptimizerConfig, RewardConfig, RolloutConfig, RunConfig
 from padd_ds.data.answers import AnswerFormat
 from padd_ds.data.problems import Problem
-from padd_ds.data.prompts import PromptTemplate
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
-from padd_ds.rollout.collect import Collector
-from padd_ds.rollout.generation import HuggingFaceRollout
-from padd_ds.rollout.rewards import RewardOptions
 from padd_ds.rollout.verify import AnswerChecker
-from padd_ds.stages.build import accumulation_steps, balance_options, optimiser_steps, options_from, policy_options
+from padd_ds.stages import build, joint
+from padd_ds.stages.build import accumulation_steps, make_collector, optimiser_steps
 from padd_ds.stages.joint import JointStage
 from tests.tiny import tiny_student
 from tools.tiny_model import make_tiny_model, make_tokenizer
@@ -84,35 +79,10 @@ def make_student(ranks: Ranks, config: RunConfig, tree: dict[str, Any], trainabl
 def make_joint_stage(ranks: Ranks, config: RunConfig, expert_parallel: int, checker: Any = None) -> JointStage:
     """The stage as build.py makes it, from parts in memory."""
     tokenizer = make_tokenizer()
-    student = make_student(ranks, config, deepspeed_tree(expert_parallel))
+    tree = deepspeed_tree(expert_parallel)
+    student = make_student(ranks, config, tree, lambda name: joint.is_trained(name, config.routing.train_router))
     teacher = make_tiny_model().eval().requires_grad_(False)
-    collector = Collector(
-        engine=HuggingFaceRollout(
-            model=student.model,
-            end_token_ids=(tokenizer.eos_token_id,),
-            pad_token_id=tokenizer.pad_token_id,
-            ranks_in_step=ranks.world > 1,
-            keep_logprobs=config.policy.importance_cap is not None,
-            trace=student.tracing,
-        ),
-        tokenizer=tokenizer,
-        problems=problems(),
-        template=PromptTemplate(),
-        checker=checker or AnswerChecker(AnswerFormat(name="pattern", pattern=config.reward.answer_pattern)),
-        reward_options=options_from(config.reward, RewardOptions),
-        options=config.rollout,
-        max_prompt_tokens=16,
-        seed=config.seed,
-        rank=ranks.rank,
-        world=ranks.world,
-        device=torch.device("cpu"),
-    )
-    return JointStage(
-        student=student,
-        teacher=teacher,
-        reference=make_tiny_model(seed=1).eval().requires_grad_(False) if config.policy.kl_weight else None,
-        collector=collector,
-        config=config,
-        policy_options=policy_options(config),
-        balance_options=balance_options(config),
-    )
+    reference = make_tiny_model(seed=1).eval().requires_grad_(False) if config.policy.kl_weight else None
+    checker = checker or AnswerChecker(AnswerFormat(name="pattern", pattern=config.reward.answer_pattern))
+    collector = make_collector(config, student, tokenizer, problems(), checker)
+    return build.make_joint_stage(config, student, teacher, reference, collector)

@@ -35,6 +35,9 @@ def main() -> None:
         metavar="PATTERN",
         help="cells whose name matches, such as 'seed0/half/*'; may be given several times",
     )
+    parser.add_argument(
+        "--verify", action="store_true", help="make cells that are there again, aside, and compare; needs --only"
+    )
     parser.add_argument("--list", action="store_true", help="name the cells, run nothing")
     parser.add_argument("--page-only", action="store_true", help="write the page from the results that are there")
     arguments = parser.parse_args()
@@ -46,9 +49,14 @@ def main() -> None:
         return
     work = (arguments.work or ROOT / "repro" / arguments.scale).resolve()
     results = (arguments.results or ROOT / "results" / arguments.scale).resolve()
+    runner = Runner(work=work, results=results, jobs=arguments.jobs, commit=commit())
+    end_on_sigterm()
+    if arguments.verify:
+        if not arguments.only:
+            raise UserError("--verify: say with --only which cells to make again")
+        runner.verify(wanted)
+        return
     if not arguments.page_only:
-        runner = Runner(work=work, results=results, jobs=arguments.jobs, commit=commit())
-        end_on_sigterm()
         runner.run(with_needs(wanted, cells))
     default_page = ROOT / "docs" / "results.md" if arguments.scale == "full" else results / "results.md"
     page = arguments.page or default_page

@@ -6,15 +6,21 @@ out of range are errors. A field's docstring gives its unit, its range and the e
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=False)
 section = dataclass(frozen=True, kw_only=True, config=_STRICT)
+
+
+def _off(value: object) -> object:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
 
 
 @section
@@ -101,7 +107,9 @@ class WarmupConfig:
     batch_size: Count = 32
     """Sequences per optimiser step, over all ranks."""
     kd_weight: NonNegative = 0.5
-    """alpha: weight of KL(teacher || student) over the next token."""
+    """alpha: weight of L_KD, the divergence over the next token."""
+    kd_direction: Literal["forward", "reverse", "jsd"] = "forward"
+    """Choice: `forward` is KL(teacher || student), `reverse` KL(student || teacher), `jsd` lies between."""
     init_weight: NonNegative = 0.1
     """beta: weight of L_init, the divergence of expert activity from the clusters' p_T."""
     init_tokens: Count = 256
@@ -205,7 +213,8 @@ class PolicyConfig:
     """Weight of KL(student || reference) beside the policy loss, whose means it shares; the paper has none."""
     importance_cap: Positive | None = None
     """Multiply advantages by min(old policy / rollout, cap) per token, where the rollout may draw from another
-    distribution than training computes (another engine or precision); default: no correction."""
+    distribution than training computes (another engine or precision); rollout.top_p must be 1. Default: no
+    correction."""
     weight: NonNegative = 1.0
     """Weight of the policy loss beside the distillation loss."""
 
@@ -251,7 +260,7 @@ class RoutingConfig:
     """Standard deviation of normal noise on the selection while training, in spreads of the router's scores."""
     train_router: bool = True
     """Whether joint training changes the router."""
-    replay: Literal["off", "old_policy", "rollout"] = "off"
+    replay: Annotated[Literal["off", "old_policy", "rollout"], BeforeValidator(_off)] = "off"
     """Whether an update routes every token as the policy before the first update of its rollout did (`old_policy`), or
     as the rollout itself did (`rollout`, for the scoring before the updates too); weights follow the new policy."""
 
@@ -271,8 +280,9 @@ class LogConfig:
     routing_every_steps: Count = 10
     """Steps between lines of routing/routing.jsonl (per layer and expert)."""
     gradients_every_steps: Annotated[int, Field(ge=0)] = 10
-    """Steps between measurements of the gradient norm of every term of the loss alone, on the first micro-batch: one
-    more forward pass, and a backward pass per term. 0: never."""
+    """Steps between measurements of the gradient norm of every term of the loss alone, on a micro-batch that is drawn:
+    one more forward pass, a backward pass per term, and room for the gradients of the rank's parameters once more. 0:
+    never."""
     tensorboard: bool = True
     """Write tensorboard event files."""
 
@@ -325,6 +335,15 @@ class RunConfig:
     def _aux_loss_reaches_a_router(self) -> "RunConfig":
         if self.stage == "joint" and self.balance.kind == "aux_loss" and not self.routing.train_router:
             raise ValueError("balance.kind is aux_loss, which acts on the router: set routing.train_router=true")
+        return self
+
+    @model_validator(mode="after")
+    def _importance_is_that_of_the_whole_distribution(self) -> "RunConfig":
+        if self.has_rollouts and self.policy.importance_cap is not None and self.rollout.top_p < 1:
+            raise ValueError(
+                f"policy.importance_cap cannot correct for rollout.top_p {self.rollout.top_p}, as the rollout's "
+                "likelihoods are taken before it: set rollout.top_p=1, or policy.importance_cap=null"
+            )
         return self
 
     @property

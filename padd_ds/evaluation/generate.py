@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from padd_ds.data.batches import prompt_batch
 from padd_ds.errors import UserError
 from padd_ds.hf import end_token_ids
+from padd_ds.rollout.settings import callers_settings_alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,6 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], options: Gener
     batch = prompt_batch(prompts, tokenizer, max_prompt_length=2**31)
     end_ids = end_token_ids(model, tokenizer)
     sampled = options.temperature > 0
-    # A config of its own: a checkpoint's sampling settings are not to leak in.
     config = GenerationConfig(
         do_sample=sampled,
         temperature=options.temperature if sampled else None,
@@ -86,12 +86,13 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], options: Gener
         pad_token_id=tokenizer.pad_token_id,
         stop_strings=list(options.stop) or None,
     )
-    ids_BT = model.generate(
-        input_ids=batch["input_ids_BT"].to(model.device),
-        attention_mask=batch["attention_mask_BT"].to(model.device),
-        generation_config=config,
-        tokenizer=tokenizer if options.stop else None,
-    )
+    with callers_settings_alone(model):
+        ids_BT = model.generate(
+            input_ids=batch["input_ids_BT"].to(model.device),
+            attention_mask=batch["attention_mask_BT"].to(model.device),
+            generation_config=config,
+            tokenizer=tokenizer if options.stop else None,
+        )
     width = batch["input_ids_BT"].shape[1]
     return [_response(ids, end_ids, tokenizer, options) for ids in ids_BT[:, width:].tolist()]
 

@@ -1,6 +1,7 @@
 """Recording a teacher: its checked responses, and its likelihoods of targets, shard by shard.
 
-Legend: B rows of a batch, R target tokens, V vocabulary, K likeliest tokens, Q = K + 1 outcomes.
+Legend: B rows of a batch, L tokens of prompt and target, R target tokens, C tokens of one chunk, V vocabulary,
+K likeliest tokens, Q = K + 1 outcomes.
 """
 
 import hashlib
@@ -24,11 +25,14 @@ from padd_ds.evaluation.generate import GenerationOptions, generate_responses
 from padd_ds.files import check_output_free, disk_full_is_user_error, give_usual_modes, replace_folder
 from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import top_outcomes
+from padd_ds.losses.tokens import CHUNK_TOKENS
 from padd_ds.offline.cache import RecordedRow, row_key, write_index, write_shard
 from padd_ds.rollout.verify import AnswerChecker
 from padd_ds.seeds import derive_seed
 
 RESPONSES_NAME = "responses.jsonl"
+SCORED_TOKENS = 4096
+"""Tokens whose logits are held at once, in the model's precision; a longer target is scored alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,19 +142,30 @@ def _recorded_rows(
         prompts = [render(options.template, problem, tokenizer) for problem in batch_targets]
         texts = [problem.solution or "" for problem in batch_targets]
         batch = supervised_batch(prompts, texts, tokenizer, options.max_length)
-        ids_BL, mask_BL = batch["input_ids_BT"], batch["attention_mask_BT"]
-        target_mask_BR = batch["target_mask_BR"]
-        n_response = target_mask_BR.shape[1]
-        logits_BRV = response_logits(model, ids_BL.to(model.device), mask_BL.to(model.device), n_response)
-        for row, target_mask_R in enumerate(target_mask_BR):
-            # A row at a time, so that (tokens x vocabulary) of the batch is never held in fp32.
-            top_ids_RK, logprobs_RQ = top_outcomes(logits_BRV[row][target_mask_R], options.top_k)
-            ids = ids_BL[row][mask_BL[row].bool()].tolist()
-            yield RecordedRow(
-                key=row_key(ids, int(target_mask_R.sum())),
-                top_ids_RK=top_ids_RK.int().cpu(),
-                logprobs_RQ=logprobs_RQ.cpu(),
-            )
+        n_rows, n_response = batch["target_mask_BR"].shape
+        for rows in torch.arange(n_rows).split(max(1, SCORED_TOKENS // n_response)):
+            ids_BL, mask_BL = batch["input_ids_BT"][rows], batch["attention_mask_BT"][rows]
+            yield from _scored(model, ids_BL, mask_BL, batch["target_mask_BR"][rows], options.top_k)
+
+
+def _scored(
+    model: Any, ids_BL: torch.Tensor, mask_BL: torch.Tensor, target_mask_BR: torch.Tensor, top_k: int
+) -> Iterator[RecordedRow]:
+    n_response = target_mask_BR.shape[1]
+    logits_BRV = response_logits(model, ids_BL.to(model.device), mask_BL.to(model.device), n_response)
+    for row, target_mask_R in enumerate(target_mask_BR):
+        top_ids_RK, logprobs_RQ = _outcomes(logits_BRV[row], target_mask_R, top_k)
+        ids = ids_BL[row][mask_BL[row].bool()].tolist()
+        yield RecordedRow(
+            key=row_key(ids, int(target_mask_R.sum())), top_ids_RK=top_ids_RK.int().cpu(), logprobs_RQ=logprobs_RQ.cpu()
+        )
+
+
+def _outcomes(logits_RV: torch.Tensor, target_mask_R: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`top_outcomes` of the target's tokens, chunk by chunk: (tokens x vocabulary) is never held in fp32."""
+    chunks = zip(logits_RV.split(CHUNK_TOKENS), target_mask_R.split(CHUNK_TOKENS), strict=True)
+    parts = [top_outcomes(logits_CV[mask_C], top_k) for logits_CV, mask_C in chunks]
+    return torch.cat([top_ids for top_ids, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
 
 
 def _finish(work: Path, paths: Sequence[Path], options: RecordOptions, source: dict[str, Any]) -> dict[str, int]:
@@ -163,9 +178,10 @@ def _finish(work: Path, paths: Sequence[Path], options: RecordOptions, source: d
         shutil.rmtree(work)
         raise UserError("the teacher has no right response to any question; check the template and the answer format")
     lines = [json.dumps(target, ensure_ascii=False) for target in targets]
-    (work / RESPONSES_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    responses = work / RESPONSES_NAME
+    responses.write_text("\n".join(lines) + "\n", encoding="utf-8")
     counts = {"targets": len(targets), "questions": len({target["question"] for target in targets})}
-    write_index(work, {**source, "top_k": options.top_k, **counts}, paths)
+    write_index(work, {**source, "top_k": options.top_k, **counts}, responses, paths)
     (work / "plan").unlink()
     give_usual_modes(work)
     return counts

@@ -57,6 +57,8 @@ class PolicyTerms:
     """To be divided by `loss_count` of the global batch."""
     ratio_deviation_sum: Tensor
     """|pi / pi_old - 1| over tokens, before any penalty."""
+    used_ratio_sum: Tensor
+    """The ratio that the advantage is multiplied by, before it is clipped, over tokens: rho_hat in PR-GRPO."""
     penalty_sum: Tensor
     """How strongly the router shift may discount, -log, over all tokens whatever their advantage (lambda * Gamma in
     PR-GRPO), to stand beside ratio_deviation_sum."""
@@ -203,6 +205,7 @@ def _clipped_terms(
         return PolicyTerms(
             loss_sum=loss_sum,
             ratio_deviation_sum=(token_ratio_BT - 1).abs().sum(),
+            used_ratio_sum=(ratio_BT * mask_BT).sum(),
             penalty_sum=penalty_BT.sum(),
             clipped_tokens=((clipped_BT < free_BT) & mask_BT).sum(),
             kl_old_sum=(token_ratio_BT - 1 - log_ratio_BT).sum(),

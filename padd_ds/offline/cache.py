@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from padd_ds.errors import UserError
 from padd_ds.files import sha256_of
+from padd_ds.launcher import launched_rank
 
-INDEX_NAME, FORMAT = "cache.json", 1
+INDEX_NAME, FORMAT = "cache.json", 2
 KEY_BYTES = 32
 REMEDY = "record it again with padd-cache"
 
@@ -55,16 +56,28 @@ def write_shard(path: Path, rows: Sequence[RecordedRow], metadata: dict[str, str
     staged.rename(path)
 
 
-def write_index(folder: Path, facts: dict[str, Any], shards: Sequence[Path]) -> None:
-    """Write cache.json with the checksum of every shard; a folder without it is no cache."""
-    entries = [{"file": shard.name, "sha256": sha256_of(shard)} for shard in shards]
-    document = {"format": FORMAT, **facts, "shards": entries}
+def write_index(folder: Path, facts: dict[str, Any], responses: Path, shards: Sequence[Path]) -> None:
+    """Write cache.json with the checksum of every other file; a folder without it is no cache."""
+
+    def entry(path: Path) -> dict[str, str]:
+        return {"file": path.name, "sha256": sha256_of(path)}
+
+    document = {"format": FORMAT, **facts, "responses": entry(responses), "shards": [entry(shard) for shard in shards]}
     (folder / INDEX_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def check_responses(source: str) -> None:
+    """UserError where `source` is the responses of a cache and no longer what was recorded."""
+    path = Path(source)
+    if (path.parent / INDEX_NAME).is_file():
+        entry = _read_index(path.parent)["responses"]
+        if path.name == entry["file"]:
+            _check_file(path, entry["sha256"])
 
 
 @dataclass(kw_only=True)
 class TeacherCache:
-    """A folder written by padd-cache; `open` checks every shard against its SHA-256."""
+    """A folder written by padd-cache; `open` checks every file against its SHA-256."""
 
     folder: Path
     facts: dict[str, Any]
@@ -74,15 +87,15 @@ class TeacherCache:
 
     @classmethod
     def open(cls, folder: Path) -> "TeacherCache":
-        """UserError: not a whole cache, or one of another format."""
-        index = folder / INDEX_NAME
-        if not index.is_file():
-            raise UserError(f"{folder}: no {INDEX_NAME} in it, so no whole teacher cache; {REMEDY}")
-        facts = json.loads(index.read_text(encoding="utf-8"))
-        if facts.get("format") != FORMAT:
-            raise UserError(f"{index}: format {facts.get('format')} is not {FORMAT}; {REMEDY}")
-        cache = cls(folder=folder, facts=facts, places={})
-        for number in range(len(facts["shards"])):
+        """UserError: not a whole cache, or one of another format.
+
+        Of several ranks the first alone computes checksums, once for all: call it within `together`, by which a file
+        that is wrong stops every rank.
+        """
+        cache = cls(folder=folder, facts=_read_index(folder), places={})
+        if launched_rank() in (None, 0):
+            cache._check_files()
+        for number in range(len(cache.facts["shards"])):
             shard = cache._shard(number)
             keys, tokens = shard.get_tensor("keys"), shard.get_tensor("tokens").tolist()
             first = 0
@@ -123,14 +136,33 @@ class TeacherCache:
         shard, rows = self._shard(number), slice(first, first + count)
         return shard.get_slice("top_ids")[rows].long(), shard.get_slice("logprobs")[rows]
 
+    def _check_files(self) -> None:
+        for entry in [self.facts["responses"], *self.facts["shards"]]:
+            _check_file(self.folder / entry["file"], entry["sha256"])
+
     def _shard(self, number: int) -> Any:
         if number not in self._open:
-            entry = self.facts["shards"][number]
-            path = self.folder / entry["file"]
-            if not path.is_file() or sha256_of(path) != entry["sha256"]:
-                raise UserError(f"{path}: missing or changed since it was written; {REMEDY}")
+            path = self.folder / self.facts["shards"][number]["file"]
             try:
                 self._open[number] = safe_open(path, framework="pt")
-            except SafetensorError as error:
+            except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); {REMEDY}") from error
         return self._open[number]
+
+
+def _check_file(path: Path, sha256: str) -> None:
+    if not path.is_file() or sha256_of(path) != sha256:
+        raise UserError(f"{path}: missing or changed since it was written; {REMEDY}")
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        raise UserError(f"{folder}: no {INDEX_NAME} in it, so no whole teacher cache; {REMEDY}")
+    try:
+        facts = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{index}: not readable as JSON ({error}); {REMEDY}") from error
+    if facts.get("format") != FORMAT:
+        raise UserError(f"{index}: format {facts.get('format')} is not {FORMAT}; {REMEDY}")
+    return facts

@@ -7,6 +7,7 @@ from padd_ds.report.style import STYLE
 
 # Nothing may be loaded or run, whatever a response contains.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+NO_DATA = '<p class="no-data">no data</p>'
 
 
 def document(title: str, body: str) -> str:

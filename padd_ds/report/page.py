@@ -7,9 +7,10 @@ from typing import Any
 
 from padd_ds.errors import UserError
 from padd_ds.files import write_text_whole
-from padd_ds.report.html import document
+from padd_ds.report.html import NO_DATA, document
 from padd_ds.report.numbers import readable
-from padd_ds.report.panels import NO_DATA, PHASES, routing_panels, training_panels
+from padd_ds.report.panels import PHASES, training_panels
+from padd_ds.report.routing_panels import routing_panels
 from padd_ds.report.source import RunData, read_run
 from padd_ds.report.tables import TableRow, html_table
 

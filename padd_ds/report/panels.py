@@ -1,24 +1,17 @@
-"""What is drawn of a run, with a caption that says what good looks like.
-
-Legend: L layers, E experts, R records over time.
-"""
+"""The curves that are drawn of a run, with a caption that says what good looks like."""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
-from padd_ds.report.html import figure, legend, scale
+from padd_ds.report.html import NO_DATA, figure, legend
 from padd_ds.report.numbers import MINUS, NO_BREAK_SPACE, TIMES, readable
-from padd_ds.report.plots import curves, distribution, expert_map, layers_over_steps, stacked_bars
+from padd_ds.report.plots import curves, stacked_bars
 from padd_ds.report.source import RunData, Series
 
 RATIO = f"|ratio{NO_BREAK_SPACE}{MINUS}{NO_BREAK_SPACE}1|"
 EXCESS = f"max share {TIMES} E {MINUS} 1"
-NO_DATA = '<p class="no-data">no data</p>'
 PHASES = {"seconds_rollout": "rollout", "seconds_scoring": "scoring", "seconds_update": "update"}
-MAX_COLUMNS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +75,13 @@ CURVES = (
         caption="Good: hovers near 0 without spikes; its level says nothing about the reward.",
     ),
     CurvePanel(
+        title="Auxiliary loss",
+        unit="of the routers",
+        metrics={"loss_aux": "loss_aux"},
+        caption="Good: falls towards the dashed line, which is an even load.",
+        reference=lambda run: 1.0,
+    ),
+    CurvePanel(
         title="Reward",
         unit="mean per response",
         metrics={"reward": "reward", "reward_correct": "correct"},
@@ -98,8 +98,22 @@ CURVES = (
     CurvePanel(
         title="Failed responses",
         unit="share of all",
-        metrics={"response_truncated": "cut off", "answer_missing": "no answer"},
-        caption="Good: both fall towards 0.",
+        metrics={
+            "response_truncated": "cut off",
+            "answer_missing": "no answer",
+            "answer_check_failed": "check failed",
+            "gold_unparsable": "gold answer unusable",
+        },
+        caption="Good: all fall towards 0. A failed check ran out of time or killed its process; "
+        "an unusable gold answer is a fault of the data.",
+        from_zero=True,
+    ),
+    CurvePanel(
+        title="Groups without spread",
+        unit="share of groups",
+        metrics={"groups_without_spread": "equal rewards"},
+        caption="Groups whose responses all have the same reward, so that none has an advantage. Good: well below 1; "
+        "near 1 the questions are too easy or too hard, or rollout.group_size is too small.",
         from_zero=True,
     ),
     CurvePanel(
@@ -114,6 +128,30 @@ CURVES = (
         caption=f"Good: λΓ within about a factor of ten of {RATIO}; far below it the penalty does nothing.",
         log=True,
         remark=penalty_share,
+    ),
+    CurvePanel(
+        title="Penalised ratio",
+        unit="mean per token",
+        metrics={"ratio_penalised": "ratio after the penalty"},
+        caption="What the advantage is multiplied by, before it is clipped. Good: close to the dashed line.",
+        reference=lambda run: 1.0,
+    ),
+    CurvePanel(
+        title="Clipped tokens",
+        unit="share of response tokens",
+        metrics={"clip_fraction": "clipped"},
+        caption="Tokens without gradient from the policy loss, because their ratio had left the clip range. "
+        "Good: few; with many, lower optimizer.learning_rate or policy.updates_per_rollout. "
+        "With gspo whole responses are clipped.",
+        from_zero=True,
+    ),
+    CurvePanel(
+        title="KL to the reference",
+        unit="nats",
+        metrics={"kl_reference_nats": "KL(student, reference)"},
+        caption="How far the student is from the model that policy.kl_weight holds it to. "
+        "Good: levels off; if it keeps growing, raise the weight.",
+        from_zero=True,
     ),
     CurvePanel(
         title="Flips of expert choice",
@@ -134,11 +172,20 @@ CURVES = (
         metrics={
             "grad_norm_policy": "policy",
             "grad_norm_kd": "distillation",
+            "grad_norm_reference": "KL to the reference",
+            "grad_norm_aux": "auxiliary loss",
             "grad_norm_lm": "language model",
             "grad_norm_init": "initialisation",
         },
         caption="Which term drives. Good: none is forgotten; change its weight if it is.",
         log=True,
+    ),
+    CurvePanel(
+        title="Gradient norm",
+        unit="before clipping",
+        metrics={"grad_norm": "whole loss"},
+        caption="Of the step's last update. Good: steady; a jump is a bad batch or too high a learning rate.",
+        from_zero=True,
     ),
     CurvePanel(
         title="Load violation",
@@ -154,6 +201,13 @@ CURVES = (
         caption="Good: below the dashed line (uniform, ln E) and steady; a fall to 0 is a collapse.",
         reference=uniform_entropy,
     ),
+    CurvePanel(
+        title="Throughput",
+        unit="tokens per second",
+        metrics={f"tokens_per_second_{phase}": phase for phase in PHASES.values()},
+        caption="Of all ranks together: drawn tokens in the rollout, prompts included afterwards. Good: steady.",
+        log=True,
+    ),
 )
 
 
@@ -161,20 +215,6 @@ def training_panels(run: RunData, key: str) -> str:
     """Every curve that the run has, and its time per phase."""
     panels = [_curve_figure(run, panel, key) for panel in CURVES]
     return "\n".join([panel for panel in panels if panel] + _phase_figure(run, key)) or NO_DATA
-
-
-def routing_panels(run: RunData, key: str) -> str:
-    """Heat maps of the last record, and the load violation of each layer over all records."""
-    if not run.routing:
-        return NO_DATA
-    last = run.routing[-1]
-    parts = [_load_map(last, key), _bias_map(last, key, "selection_bias", "Selection bias")]
-    if np.any(last.get("logit_bias", 0)):
-        parts.append(_bias_map(last, key, "logit_bias", "Logit bias"))
-    parts.append(_violation_map(run, key))
-    if any("router_shift_counts" in record for record in run.routing):
-        parts.append(_shift_distribution(run, key))
-    return "\n".join(parts)
 
 
 def _curve_figure(run: RunData, panel: CurvePanel, key: str) -> str:
@@ -210,65 +250,6 @@ def _phase_figure(run: RunData, key: str) -> list[str]:
     return [figure(title, "seconds per step", names, svg, caption)]
 
 
-def _load_map(record: Mapping, key: str) -> str:
-    share_LE = np.array(record["load_share"], dtype=float)
-    n_experts = share_LE.shape[1]
-    svg = expert_map("Load", f"{key}/load", share_LE * n_experts - 1, 1.0)
-    dead = int((share_LE == 0).sum())
-    caption = (
-        f"{_at(record)} Good: faint everywhere, an even load; "
-        f"{dead} of {share_LE.size} experts had no token (full blue)."
-    )
-    return figure("Load", f"share {TIMES} E", scale("0", "1", "≥ 2"), svg, caption)
-
-
-def _bias_map(record: Mapping, key: str, name: str, title: str) -> str:
-    if name not in record:
-        return figure(title, "in router scores", "", NO_DATA, "")
-    bias_LE = np.array(record[name], dtype=float)
-    limit = float(np.abs(bias_LE).max())
-    if limit == 0:
-        return figure(title, "in router scores", "", '<p class="no-data">0 for every expert</p>', _at(record))
-    svg = expert_map(title, f"{key}/{name}", bias_LE, limit)
-    caption = (
-        f"{_at(record)} Good: orange where the load was too low and blue where it was too high, "
-        f"{_in_spreads(record, bias_LE)}."
-    )
-    return figure(title, "in router scores", scale(readable(-limit), "0", readable(limit)), svg, caption)
-
-
-def _in_spreads(record: Mapping, bias_LE: np.ndarray) -> str:
-    """The largest bias in units of its layer's spread of scores, in which the clamp is given."""
-    spread_L = np.array(record.get("score_spread", []), dtype=float)
-    if len(spread_L) != len(bias_LE) or not (spread_L > 0).all():
-        return "and within its clamp"
-    largest = (np.abs(bias_LE).max(axis=1) / spread_L).max()
-    return f"and within its clamp; the largest is {readable(largest)} spreads of its layer's scores"
-
-
-def _violation_map(run: RunData, key: str) -> str:
-    rows = np.unique(np.linspace(0, len(run.routing) - 1, min(len(run.routing), MAX_COLUMNS)).round().astype(int))
-    records = [run.routing[row] for row in rows]
-    values_RL = np.array([record["max_violation"] for record in records], dtype=float)
-    limit = max(float(np.nanmax(values_RL)), 1e-12)
-    svg = layers_over_steps(
-        "Load violation per layer", f"{key}/violation", [r["step"] for r in records], values_RL, limit
-    )
-    caption = "Good: fades to the right; a layer that stays strong is not being balanced."
-    return figure("Load violation per layer", EXCESS, scale("0", "", readable(limit)), svg, caption)
-
-
-def _shift_distribution(run: RunData, key: str) -> str:
-    records = [record for record in run.routing if "router_shift_counts" in record]
-    chosen = records if len(records) == 1 else [records[0], records[-1]]
-    names = legend([(f"step {record['step']}", "") for record in chosen])
-    counts = [record["router_shift_counts"] for record in chosen]
-    title = "Distribution of the router shift"
-    svg = distribution(title, f"{key}/shift", chosen[0]["router_shift_edges"], counts, "Γ")
-    caption = "Share of response tokens whose shift is below Γ. Good: the right end does not move to the right."
-    return figure(title, "share of tokens", names, svg, caption)
-
-
 def _from_to(series: Series, digits: int) -> str:
     """The mean of the first tenth of the values, and of the last."""
     if not len(series.values):
@@ -277,7 +258,3 @@ def _from_to(series: Series, digits: int) -> str:
     first, last = (readable(part.mean(), digits) for part in (series.values[:tenth], series.values[-tenth:]))
     text = first if len(series.values) == 1 else f"{first} → {last}"
     return f"{text} ({series.not_finite} not finite)" if series.not_finite else text
-
-
-def _at(record: Mapping) -> str:
-    return f"At step {record['step']}."

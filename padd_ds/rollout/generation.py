@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
+from padd_ds.rollout.settings import callers_settings_alone
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -54,7 +56,7 @@ class RolloutEngine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceRollout:
-    """transformers' `generate` on the training engine's own module.
+    """transformers' `generate` on the training engine's own module, by `Sampling` alone.
 
     With `ranks_in_step` every rank runs as many forward passes as the slowest one: experts of other
     ranks are reached by collectives, so a rank that stopped early would leave the others waiting.
@@ -93,20 +95,21 @@ class HuggingFaceRollout:
         mask_BT = prompt_mask_PT.repeat_interleave(group_size, dim=0)
         sampled = sampling.temperature > 0
         recorder = SampledLogprobs(sampling.temperature or 1.0) if self.keep_logprobs else None
-        sequences_BL = self.model.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            past_key_values=cache,
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=sampled,
-            temperature=sampling.temperature if sampled else None,
-            top_p=sampling.top_p if sampled else None,
-            top_k=0 if sampled else None,
-            eos_token_id=list(self.end_token_ids),
-            pad_token_id=self.pad_token_id,
-            synced_gpus=self.ranks_in_step,
-            logits_processor=LogitsProcessorList([] if recorder is None else [recorder]),
-        )
+        with callers_settings_alone(self.model):
+            sequences_BL = self.model.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                past_key_values=cache,
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=sampled,
+                temperature=sampling.temperature if sampled else None,
+                top_p=sampling.top_p if sampled else None,
+                top_k=0 if sampled else None,
+                eos_token_id=list(self.end_token_ids),
+                pad_token_id=self.pad_token_id,
+                synced_gpus=self.ranks_in_step,
+                logits_processor=LogitsProcessorList([] if recorder is None else [recorder]),
+            )
         responses = split_responses(sequences_BL[:, ids_BT.shape[1] :], self.end_token_ids)
         return responses if recorder is None else replace(responses, logprobs_BR=recorder.logprobs(sequences_BL))
 

@@ -15,6 +15,7 @@ from padd_ds.config.deepspeed_json import check_batches, check_parallelism, load
 from padd_ds.config.schema import RunConfig
 from padd_ds.conversion.targets import ConversionTargets, load_targets
 from padd_ds.data.answers import AnswerFormat
+from padd_ds.data.problems import Problem
 from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
@@ -229,22 +230,33 @@ def _warmup_stage(inputs: Inputs, student: Student, teacher: Any) -> warmup.Warm
 
 
 def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointStage:
-    config, ranks = inputs.config, student.ranks
-    answer_format, reward_options = reward_rules(config)
-    collector = Collector(
+    config = inputs.config
+    answer_format, _ = reward_rules(config)
+    checker = AnswerChecker(answer_format, workers=config.reward.workers, timeout_s=config.reward.timeout_s)
+    reference = load_reference(config, inputs.dtype, student.ranks.device)
+    collector = make_collector(config, student, inputs.tokenizer, inputs.data.problems, checker)
+    return make_joint_stage(config, student, teacher, reference, collector)
+
+
+def make_collector(
+    config: RunConfig, student: Student, tokenizer: Any, problems: list[Problem], checker: AnswerChecker
+) -> Collector:
+    """What draws, checks and weighs the responses of this rank."""
+    ranks = student.ranks
+    return Collector(
         engine=HuggingFaceRollout(
             model=student.model,
-            end_token_ids=tuple(end_token_ids(student.model, inputs.tokenizer)),
-            pad_token_id=inputs.tokenizer.pad_token_id,
+            end_token_ids=tuple(end_token_ids(student.model, tokenizer)),
+            pad_token_id=tokenizer.pad_token_id,
             ranks_in_step=ranks.world > 1,
             keep_logprobs=config.policy.importance_cap is not None,
             trace=student.tracing if student.layers else None,
         ),
-        tokenizer=inputs.tokenizer,
-        problems=inputs.data.problems,
+        tokenizer=tokenizer,
+        problems=problems,
         template=prompt_template(config.data),
-        checker=AnswerChecker(answer_format, workers=config.reward.workers, timeout_s=config.reward.timeout_s),
-        reward_options=reward_options,
+        checker=checker,
+        reward_options=options_from(config.reward, RewardOptions),
         options=config.rollout,
         max_prompt_tokens=config.data.max_prompt_tokens,
         advantage_scale=config.policy.advantage_scale or ("none" if config.policy.objective == "dr_grpo" else "std"),
@@ -254,10 +266,16 @@ def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointS
         world=ranks.world,
         device=ranks.device,
     )
+
+
+def make_joint_stage(
+    config: RunConfig, student: Student, teacher: Any, reference: Any, collector: Collector
+) -> joint.JointStage:
+    """The stage of these parts; `teacher` and `reference` None where the run has none."""
     return joint.JointStage(
         student=student,
         teacher=teacher,
-        reference=load_reference(config, inputs.dtype, ranks.device),
+        reference=reference,
         collector=collector,
         config=config,
         policy_options=policy_options(config),

@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from padd_ds.engine.student import Student
+from padd_ds.seeds import derive_seed
 from padd_ds.stages.stage import MetricSums
+
+
+def measured_micro_batch(seed: int, step: int, count: int) -> int:
+    """Which of a step's micro-batches is measured, the same on all ranks.
+
+    Drawn, since they stand in order of length: the first one has the shortest responses.
+    """
+    return derive_seed(seed, step) % count
 
 
 def add_gradient_norms(terms: Mapping[str, torch.Tensor], student: Student, sums: MetricSums) -> None:

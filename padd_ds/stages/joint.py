@@ -1,12 +1,14 @@
 """Stages II-IV: one step of joint training, from rollout to rebalanced router; for a dense model, plain GRPO.
 
 Legend: P prompts, G responses per prompt, B responses, T prompt tokens, R response tokens, L = T + R tokens,
-S = B * L tokens of a layer, E experts, V vocabulary.
+S = B * L tokens of a layer, N MoE layers, E experts, V vocabulary.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,14 +30,17 @@ from padd_ds.losses.tokens import global_mean, token_logprobs
 from padd_ds.moe.balance import BalanceOptions, BalanceState, update_balance
 from padd_ds.moe.load import choice_flips, load_balance_sum
 from padd_ds.moe.router import RoutingRecord
-from padd_ds.moe.shift import SHIFT_EDGES, mean_over_layers, router_distribution, router_shift, shift_counts
+from padd_ds.moe.shift import SHIFT_EDGES, router_distribution, router_shift, shift_counts
 from padd_ds.rollout.batch import RolloutBatch, response_positions
 from padd_ds.rollout.collect import Collector, Rollout
 from padd_ds.seeds import derive_seed
-from padd_ds.stages.gradients import add_gradient_norms
+from padd_ds.stages.gradients import add_gradient_norms, measured_micro_batch
 from padd_ds.stages.micro_batch import Counts, MicroBatch, OldPolicy, layer_routes
 from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
+
+LAYER_MEANS = ("router_shift", "router_flips", "router_flips_rollout")
+"""Told per layer, and as their mean among the metrics."""
 
 
 def is_trained(name: str, train_router: bool) -> bool:
@@ -81,7 +86,8 @@ class JointStage:
             for update, micro_batches in enumerate(updates):
                 # The last update: at the first one the ratios are 1, and nothing has moved.
                 measured = self.config.measures_gradients(step) and update == len(updates) - 1
-                self._update(micro_batches, step, measured, sums, statistics)
+                chosen = measured_micro_batch(self.config.seed, step, len(micro_batches)) if measured else None
+                self._update(micro_batches, step, chosen, sums, statistics)
         updated_s = time.perf_counter()
         for name, (total, count) in rollout.metrics.items():
             sums.add(name, total, count)
@@ -94,7 +100,8 @@ class JointStage:
         }
         metrics |= {f"seconds_{phase}": phase_s for phase, phase_s in seconds.items()}
         metrics |= self._throughput(rollout, seconds)
-        layers = dict(routing.layers)
+        layers = routing.layers | sums.layer_means(self.student.ranks)
+        metrics |= {name: fmean(layers[name]) for name in LAYER_MEANS if name in layers}
         if self.student.layers:
             layers["advantage_ema"] = self.balance.ema_LE.tolist()
             layers["router_shift_edges"] = SHIFT_EDGES
@@ -180,11 +187,14 @@ class JointStage:
         self,
         micro_batches: list[MicroBatch],
         step: int,
-        measured: bool,
+        measured: int | None,
         sums: MetricSums,
         step_statistics: RoutingStatistics,
     ) -> None:
-        """One optimiser step on a share of the responses, then Stage IV. `measured`: tell the terms' gradient norms."""
+        """One optimiser step on a share of the responses, then Stage IV.
+
+        `measured`: the micro-batch whose terms' gradient norms are told, if any.
+        """
         student = self.student
         counts = self._counts([micro_batch.batch for micro_batch in micro_batches])
         statistics = RoutingStatistics.start(student)
@@ -192,7 +202,7 @@ class JointStage:
         for index, micro_batch in enumerate(micro_batches):
             replayed = None if self.config.routing.replay == "off" else micro_batch.old.selected_SK
             with student.replaying(replayed):
-                if measured and index == 0:
+                if index == measured:
                     terms, *_ = self._loss_terms(student.model, micro_batch, counts, MetricSums())
                     add_gradient_norms(terms, student, sums)
                 terms, record, shift_BR = self._loss_terms(student.engine, micro_batch, counts, sums)
@@ -230,7 +240,7 @@ class JointStage:
         """
         batch, config, world = micro_batch.batch, self.config, self.student.ranks.world
         logprobs_BR, logits_BRV, record = self._forward(model, batch, micro_batch.routing_seed)
-        shift_BR = self._shift(micro_batch, record)
+        shift_BR = self._shift(micro_batch, record, sums)
         terms = POLICY_LOSSES[config.policy.objective](
             logprobs_BR,
             micro_batch.old.logprobs_BR,
@@ -255,7 +265,6 @@ class JointStage:
             sums.add("loss_aux", aux_sum.detach(), batch.attention_mask_BL.sum())
         _add_policy_metrics(sums, terms, loss_count(batch.response_mask_BR, self.policy_options))
         sums.add("loss_kd", kd_sum, terms.tokens)
-        sums.add("router_shift", (shift_BR * batch.response_mask_BR).sum(), terms.tokens)
         _add_flips(sums, "router_flips", record, micro_batch.old.selected_SK, batch)
         return loss_terms, record, shift_BR
 
@@ -266,8 +275,9 @@ class JointStage:
             return batch.advantage_B
         assert batch.rollout_logprobs_BR is not None
         old_BR, mask_BR = micro_batch.old.logprobs_BR, batch.response_mask_BR
+        uncapped_BR = importance_weights(old_BR, batch.rollout_logprobs_BR, mask_BR, math.inf)
+        sums.add("rollout_mismatch", (uncapped_BR - 1).abs().sum(), mask_BR.sum())
         weights_BR = importance_weights(old_BR, batch.rollout_logprobs_BR, mask_BR, cap)
-        sums.add("rollout_mismatch", (weights_BR - 1).abs().sum(), mask_BR.sum())
         return batch.advantage_B[:, None] * weights_BR
 
     def _aux_sum(self, batch: RolloutBatch, record: RoutingRecord) -> torch.Tensor:
@@ -281,7 +291,7 @@ class JointStage:
         ]
         return torch.stack(per_layer).mean()
 
-    def _shift(self, micro_batch: MicroBatch, record: RoutingRecord) -> torch.Tensor:
+    def _shift(self, micro_batch: MicroBatch, record: RoutingRecord, sums: MetricSums) -> torch.Tensor:
         """Gamma [B, R]: at the positions that predict each token, averaged over layers (Choice)."""
         batch, old = micro_batch.batch, micro_batch.old
         n_responses, n_response = batch.response_ids_BR.shape
@@ -292,12 +302,15 @@ class JointStage:
             score_function = self.student.routers[layer].score_function
             new_SE = router_distribution(record.scores_SE[layer], score_function)
             old_SE = router_distribution(old.scores_SE[layer], score_function)
-            return router_shift(new_SE, old_SE, measure, old.selected_SK[layer])
+            shift_S = router_shift(new_SE, old_SE, measure, old.selected_SK[layer])
+            return response_positions(shift_S.view(n_responses, -1), n_response)
 
         if not self.student.layers:
             return torch.zeros_like(batch.response_mask_BR, dtype=torch.float32)
-        shift_S = mean_over_layers(layer_shift(layer) for layer in range(len(self.student.layers)))
-        return response_positions(shift_S.view(n_responses, -1), n_response)
+        shift_NBR = torch.stack([layer_shift(layer) for layer in range(len(self.student.layers))])
+        totals_N = (shift_NBR * batch.response_mask_BR).sum(dim=(1, 2))
+        sums.add_layers("router_shift", totals_N, batch.response_mask_BR.sum())
+        return shift_NBR.mean(dim=0)
 
     def _kd_sum(self, batch: RolloutBatch, logits_BRV: torch.Tensor, sums: MetricSums) -> torch.Tensor:
         """Stage II: one teacher forward per response, no gradient."""
@@ -368,7 +381,7 @@ class JointStage:
 def _add_flips(
     sums: MetricSums, name: str, record: RoutingRecord, other: list[torch.Tensor], batch: RolloutBatch
 ) -> None:
-    """How many of the chosen experts are not among those of `other`, one [S, K] per layer, over real tokens and layers.
+    """How many of the chosen experts are not among those of `other`, one [S, K] per layer, over real tokens.
 
     A token that `other` has not routed (negative) does not count.
     """
@@ -376,12 +389,13 @@ def _add_flips(
         return
     mask_S = batch.attention_mask_BL.flatten().bool() & (other[0][:, 0] >= 0)
     flips = [choice_flips(record.selected_SK[layer], other_SK, mask_S) for layer, other_SK in enumerate(other)]
-    sums.add(name, torch.stack(flips).sum(), mask_S.sum() * sum(other_SK.shape[1] for other_SK in other))
+    sums.add_layers(name, torch.stack(flips), mask_S.sum() * other[0].shape[1])
 
 
 def _add_policy_metrics(sums: MetricSums, terms: PolicyTerms, n_policy: torch.Tensor) -> None:
     sums.add("loss_policy", terms.loss_sum, n_policy)
     sums.add("ratio_deviation", terms.ratio_deviation_sum, terms.tokens)
+    sums.add("ratio_penalised", terms.used_ratio_sum, terms.tokens)
     sums.add("shift_penalty", terms.penalty_sum, terms.tokens)
     sums.add("clip_fraction", terms.clipped_tokens, terms.tokens)
     sums.add("kl_old_nats", terms.kl_old_sum, terms.tokens)

@@ -15,6 +15,7 @@ from padd_ds.data.sources import read_rows
 from padd_ds.data.split import decontaminate, split_problems
 from padd_ds.errors import UserError
 from padd_ds.hf import load_causal_lm
+from padd_ds.offline.cache import check_responses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ def read_training_data(config: RunConfig, tokenizer: Any) -> TrainingData:
     UserError where a file, a field or a whole part is missing.
     """
     data = config.data
+    check_responses(data.source)
     problems = map_rows(read_rows(data.source, data.split), field_map(data))
     kept, dropped = decontaminate(problems, _benchmark_questions(data))
     split = split_problems(kept, data.part_fractions)

@@ -43,11 +43,26 @@ class MetricSums:
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
+        self._layer_sums: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float = 1) -> None:
         """Add `total` over `count` things; every rank must add the same names."""
         values = [torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in (total, count)]
         self._sums[name] = self._sums.get(name, torch.zeros(2, dtype=torch.float64)) + torch.stack(values)
+
+    def add_layers(self, name: str, totals_L: torch.Tensor, count: torch.Tensor | float) -> None:
+        """Add the layers' totals, each over `count` things; every rank must add the same names."""
+        totals_L = totals_L.detach().double().cpu()
+        counted = torch.cat([totals_L, torch.as_tensor(count, dtype=torch.float64).detach().cpu()[None]])
+        self._layer_sums[name] = self._layer_sums.get(name, torch.zeros_like(counted)) + counted
+
+    def layer_means(self, ranks: Ranks) -> dict[str, list[float]]:
+        """The mean of each layer over all ranks; 0 where nothing was counted. Collective if anything was added."""
+        if not self._layer_sums:
+            return {}
+        names = sorted(self._layer_sums)
+        totals = sum_over_ranks(torch.stack([self._layer_sums[name] for name in names]).to(ranks.device)).cpu()
+        return {name: (row[:-1] / row[-1].clamp(min=1)).tolist() for name, row in zip(names, totals, strict=True)}
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Sum over all ranks divided by count over all ranks; 0 where nothing was counted. Collective."""

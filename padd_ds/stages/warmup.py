@@ -27,7 +27,7 @@ from padd_ds.losses.warmup import init_kl
 from padd_ds.moe.router import RoutingRecord
 from padd_ds.offline.cache import TeacherCache
 from padd_ds.seeds import derive_seed
-from padd_ds.stages.gradients import add_gradient_norms
+from padd_ds.stages.gradients import add_gradient_norms, measured_micro_batch
 from padd_ds.stages.materials import prompt_template, supervised_target
 from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
@@ -64,11 +64,14 @@ class WarmupStage:
         micro_batches = self._micro_batches(step)
         n_tokens = sum_over_ranks(torch.stack([batch["target_mask_BR"].sum() for batch in micro_batches]).sum())
         sums, statistics, finite = MetricSums(), RoutingStatistics.start(student), True
+        chosen = (
+            measured_micro_batch(config.seed, step, len(micro_batches)) if config.measures_gradients(step) else None
+        )
         for index, batch in enumerate(micro_batches):
             student.control.seed = derive_seed(config.seed, step, student.ranks.rank, index)
             with student.routing(config.warmup.routing, noise=config.routing.noise):
                 counts = (n_tokens, len(micro_batches))
-                if config.measures_gradients(step) and index == 0:
+                if index == chosen:
                     unused = MetricSums(), RoutingStatistics.start(student)
                     add_gradient_norms(self._loss_terms(student.model, batch, *counts, *unused), student, sums)
                 terms = self._loss_terms(student.engine, batch, *counts, sums, statistics)
@@ -135,17 +138,19 @@ class WarmupStage:
         }
 
     def _kd_sum(self, batch: SupervisedBatch, logits_BRV: torch.Tensor) -> torch.Tensor:
-        """Choice: L_KD compares next-token distributions, the teacher first, on the target's tokens."""
+        """Choice: L_KD compares next-token distributions on the target's tokens, the teacher first unless told."""
+        direction = self.config.warmup.kd_direction
         if self.cache is not None:
             mask_BR = batch["target_mask_BR"]
             recorded = self.cache.batch(batch["input_ids_BT"].cpu(), batch["attention_mask_BT"].cpu(), mask_BR.cpu())
             top_ids_BRK, logprobs_BRQ = (part.to(logits_BRV.device) for part in recorded)
-            return recorded_distillation_sum(logits_BRV, top_ids_BRK, logprobs_BRQ, mask_BR)
+            return recorded_distillation_sum(logits_BRV, top_ids_BRK, logprobs_BRQ, mask_BR, direction=direction)
         with torch.no_grad():
             teacher_BRV = _target_logits(self.teacher, batch)
         plain_B = torch.ones(len(logits_BRV), device=logits_BRV.device)
         top_k = self.config.warmup.teacher_top_k
-        return distillation_sum(logits_BRV, teacher_BRV, batch["target_mask_BR"], plain_B, teacher_top_k=top_k)
+        mask_BR = batch["target_mask_BR"]
+        return distillation_sum(logits_BRV, teacher_BRV, mask_BR, plain_B, direction=direction, teacher_top_k=top_k)
 
     def _init_loss(self, record: RoutingRecord, mask_BT: torch.Tensor) -> torch.Tensor:
         """L_init averaged over layers (Choice, so that beta means the same at any depth)."""

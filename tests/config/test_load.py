@@ -76,6 +76,24 @@ def test_a_mistake_is_named_with_its_remedy(run_yaml: Path, override: str, messa
     assert "\n" not in str(raised.value)
 
 
+def test_a_bare_off_is_no_false(run_yaml: Path) -> None:
+    assert load_run_config(run_yaml, ["routing.replay=off"]).routing.replay == "off"
+    with pytest.raises(UserError, match=r"routing\.replay"):
+        load_run_config(run_yaml, ["routing.replay=true"])
+
+
+@pytest.mark.parametrize("stage", ["joint", "teacher_grpo"])
+def test_importance_weights_and_nucleus_sampling_exclude_each_other(run_yaml: Path, stage: str) -> None:
+    both = [f"stage={stage}", "policy.importance_cap=2", "rollout.top_p=0.9"]
+    with pytest.raises(UserError) as raised:
+        load_run_config(run_yaml, both)
+    assert "policy.importance_cap cannot correct for rollout.top_p 0.9" in str(raised.value)
+    assert "set rollout.top_p=1, or policy.importance_cap=null" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    for one in ("rollout.top_p=1", "policy.importance_cap=null", "stage=warmup"):
+        load_run_config(run_yaml, [*both, one])
+
+
 def test_a_missing_key_is_named(run_yaml: Path) -> None:
     run_yaml.write_text(yaml.safe_dump({name: value for name, value in MINIMAL.items() if name != "steps"}))
     with pytest.raises(UserError, match="steps is missing"):

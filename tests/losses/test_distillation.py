@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from padd_ds.losses.distillation import DIVERGENCES, distillation_sum, distillation_temperature
+from padd_ds.losses.distillation import (
+    DIVERGENCES,
+    distillation_sum,
+    distillation_temperature,
+    recorded_distillation_sum,
+    top_outcomes,
+)
+from tests.largest import LargestFloat32
 
 B, T, V = 2, 4, 6
 
@@ -262,3 +269,22 @@ def test_bfloat16_logits_are_compared_in_float32(student_BTV, teacher_BTV, mask_
 def test_different_vocabularies_are_refused(student_BTV, teacher_BTV, mask_BT):
     with pytest.raises(ValueError, match=r"\(2, 4, 6\) and \(2, 4, 5\)"):
         distillation_sum(student_BTV, teacher_BTV[..., :-1], mask_BT, torch.ones(B))
+
+
+@pytest.mark.parametrize("top_k", [None, 4, "recorded"])
+@pytest.mark.parametrize("direction", sorted(DIVERGENCES))
+def test_no_float32_tensor_exceeds_a_chunk_forward_or_backward(direction, top_k):
+    tokens, vocabulary, chunk_tokens = 64, 50, 8
+    student_BTV = torch.randn(2, tokens // 2, vocabulary).bfloat16().requires_grad_()
+    teacher_BTV = torch.randn(2, tokens // 2, vocabulary).bfloat16()
+    mask_BT = torch.ones(2, tokens // 2, dtype=torch.bool)
+    recorded = [part.view(2, tokens // 2, -1) for part in top_outcomes(teacher_BTV.flatten(0, 1), 4)]
+    options = {"direction": direction, "chunk_tokens": chunk_tokens}
+    with LargestFloat32() as largest:
+        if top_k == "recorded":
+            total = recorded_distillation_sum(student_BTV, *recorded, mask_BT, **options)
+        else:
+            total = distillation_sum(student_BTV, teacher_BTV, mask_BT, torch.ones(2), teacher_top_k=top_k, **options)
+        total.backward()
+    assert student_BTV.grad.abs().sum() > 0
+    assert chunk_tokens < largest.elements <= chunk_tokens * vocabulary

@@ -8,6 +8,7 @@ from padd_ds.errors import UserError
 from padd_ds.losses.policy import (
     POLICY_LOSSES,
     PolicyOptions,
+    PolicyTerms,
     grpo_sum,
     gspo_sum,
     importance_weights,
@@ -37,9 +38,7 @@ def batch():
 
 
 def slow_terms(new_BT, old_BT, advantage_B, mask_BT, shift_BT, options, name):
-    sums = dict.fromkeys(
-        ("loss_sum", "ratio_deviation_sum", "penalty_sum", "clipped_tokens", "kl_old_sum", "tokens"), 0
-    )
+    sums = dict.fromkeys((field.name for field in dataclasses.fields(PolicyTerms)), 0)
     for b in range(new_BT.shape[0]):
         a = advantage_B[b].item()
         tokens = [t for t in range(new_BT.shape[1]) if mask_BT[b, t]]
@@ -58,6 +57,7 @@ def slow_terms(new_BT, old_BT, advantage_B, mask_BT, shift_BT, options, name):
             clipped = min(max(used, 1 - options.clip_low), 1 + options.clip_high)
             losses.append(-min(used * a, clipped * a))
             sums["ratio_deviation_sum"] += abs(ratio - 1)
+            sums["used_ratio_sum"] += used
             sums["penalty_sum"] += penalty
             sums["clipped_tokens"] += clipped * a < used * a
             sums["kl_old_sum"] += ratio - 1 - math.log(ratio)
@@ -352,3 +352,13 @@ def test_constants_out_of_range_are_refused(wrong):
 def test_an_unknown_normalisation_is_refused():
     with pytest.raises(UserError, match="'sequence' is not one of response, token, constant"):
         PolicyOptions(normalisation="sequence")
+
+
+def test_gradient_of_the_reference_kl_is_that_of_finite_differences(batch):
+    new_BT, reference_BT, _, mask_BT, _ = batch
+    for normalisation in NORMALISATIONS:
+        options = dataclasses.replace(OPTIONS, normalisation=normalisation)
+        assert torch.autograd.gradcheck(
+            lambda logprobs_BT, options=options: reference_kl_sum(logprobs_BT, reference_BT, mask_BT, options),
+            new_BT.requires_grad_(),
+        )

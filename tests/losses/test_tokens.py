@@ -2,10 +2,9 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from padd_ds.losses.tokens import cross_entropy_sum, global_mean, token_logprobs
+from tests.largest import LargestFloat32
 
 B, T, V = 3, 5, 7
 
@@ -121,21 +120,6 @@ def test_averaging_global_means_over_ranks_gives_the_mean_over_all_tokens(logits
         global_mean(cross_entropy_sum(logits_BTV[s], targets_BT[s], mask_BT[s]), count, world_size) for s in shards
     ]
     torch.testing.assert_close(torch.stack(per_rank).mean(), expected)
-
-
-class LargestFloat32(TorchDispatchMode):
-    """Remembers the most elements that any float32 result had."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float32:
-                self.elements = max(self.elements, leaf.numel())
-        return result
 
 
 @pytest.mark.parametrize("loss", ["logprobs", "cross_entropy"])

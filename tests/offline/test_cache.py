@@ -4,20 +4,31 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from padd_ds import cache
+from padd_ds.config.schema import DataConfig
 from padd_ds.data.batches import supervised_batch
+from padd_ds.data.problems import Problem
+from padd_ds.data.prompts import resolve_template
+from padd_ds.engine.ranks import Ranks, together
 from padd_ds.errors import UserError
 from padd_ds.evaluation import record as recording
 from padd_ds.evaluation.generate import Response
+from padd_ds.files import sha256_of
 from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import distillation_sum, recorded_distillation_sum, top_outcomes
+from padd_ds.offline import cache as offline
 from padd_ds.offline.cache import TeacherCache
+from padd_ds.stages.materials import read_training_data
+from tests.largest import LargestFloat32
+from tests.ranks import run_ranks
 from tests.tiny import tiny_student
+from tests.world import joint_config
 from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
 
 ROWS = [
@@ -83,6 +94,41 @@ def test_likelihoods_come_back_as_the_teacher_gives_them(folder):
     assert logprobs_BRQ[mask_BR].exp().sum(-1).tolist() == pytest.approx([1.0] * int(mask_BR.sum()), abs=1e-5)
 
 
+def test_recording_holds_few_logits_and_fewer_in_fp32(folder, monkeypatch):
+    """32 rows of 7 to 20 target tokens, with room for the logits of 40 tokens and 4 of them in fp32."""
+    vocabulary, passes = 5000, []
+
+    def logits(model, ids_BL, mask_BL, n_response):
+        passes.append((len(ids_BL), n_response))
+        generator = torch.Generator().manual_seed(len(passes))
+        return torch.randn(len(ids_BL), n_response, vocabulary, generator=generator, dtype=torch.bfloat16)
+
+    problems = [Problem(question="a", answer="", solution="#" * (6 + row % 14)) for row in range(32)]
+    monkeypatch.setattr(recording, "response_logits", logits)
+    monkeypatch.setattr(recording, "SCORED_TOKENS", 40)
+    monkeypatch.setattr(recording, "CHUNK_TOKENS", 4)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    options = recording.RecordOptions(template=resolve_template("plain"), top_k=5)
+    with LargestFloat32() as largest:
+        recording.record(model, make_tokenizer(), problems, options, folder / "few", {"vocabulary": vocabulary})
+    assert passes == [(2, 20)] * 16
+    assert vocabulary < largest.elements <= 4 * vocabulary
+
+
+@pytest.mark.parametrize(("scored_tokens", "chunk_tokens"), [(1, 1), (9, 2)])
+def test_the_pieces_of_a_recording_do_not_change_it(folder, monkeypatch, scored_tokens, chunk_tokens):
+    cache.main(arguments(folder))
+    (folder / "cache").rename(folder / "whole")
+    monkeypatch.setattr(recording, "SCORED_TOKENS", scored_tokens)
+    monkeypatch.setattr(recording, "CHUNK_TOKENS", chunk_tokens)
+    cache.main(arguments(folder))
+    batch = batch_of(ROWS)
+    asked = batch["input_ids_BT"], batch["attention_mask_BT"], batch["target_mask_BR"]
+    whole, pieces = (TeacherCache.open(folder / name).batch(*asked) for name in ("whole", "cache"))
+    assert torch.equal(whole[0], pieces[0])
+    torch.testing.assert_close(whole[1], pieces[1])
+
+
 def test_right_responses_are_kept_once_and_can_be_trained_on(folder, monkeypatch):
     def answers(model, tokenizer, prompts, options):
         # To every question: 1, 1 in other words, 2, and 2 without an end.
@@ -138,22 +184,93 @@ def test_what_another_recording_left_is_not_taken_up(folder, monkeypatch):
     assert TeacherCache.open(folder / "cache").top_k == 2
 
 
-def test_a_changed_shard_and_an_unknown_target_are_refused(folder):
+def test_an_unknown_target_is_refused(folder):
     cache.main(arguments(folder))
     batch = batch_of([{"question": "9 plus 9?", "solution": "#18"}])
     with pytest.raises(UserError, match="a target of the training data is not in it"):
         TeacherCache.open(folder / "cache").batch(
             batch["input_ids_BT"], batch["attention_mask_BT"], batch["target_mask_BR"]
         )
-    shard = folder / "cache" / "shard_00001.safetensors"
-    contents = bytearray(shard.read_bytes())
-    contents[-1] ^= 1
-    shard.write_bytes(contents)
-    with pytest.raises(UserError, match=r"shard_00001\.safetensors: missing or changed"):
+
+
+def changed(path):
+    """The last byte but one, which no format notices."""
+    contents = bytearray(path.read_bytes())
+    contents[-2] ^= 1
+    path.write_bytes(contents)
+
+
+def cut(path):
+    """Its second half is gone."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("harm", [changed, cut, Path.unlink])
+@pytest.mark.parametrize("name", ["shard_00001.safetensors", "responses.jsonl"])
+def test_a_harmed_file_is_named_with_the_remedy(folder, name, harm):
+    cache.main(arguments(folder))
+    harm(folder / "cache" / name)
+    with pytest.raises(UserError, match=rf"{name}: missing or changed since it was written; record it again") as raised:
+        TeacherCache.open(folder / "cache")
+    assert "\n" not in str(raised.value)
+
+
+def test_changed_responses_are_no_training_data(folder):
+    cache.main(arguments(folder))
+    responses = folder / "cache" / "responses.jsonl"
+    offline.check_responses(str(responses))
+    changed(responses)
+    with pytest.raises(UserError, match=r"responses\.jsonl: missing or changed"):
+        read_training_data(joint_config(data=DataConfig(source=str(responses))), make_tokenizer())
+    offline.check_responses(str(folder / "data.jsonl"))
+
+
+def test_so_is_a_harmed_index(folder):
+    cache.main(arguments(folder))
+    cut(folder / "cache" / "cache.json")
+    with pytest.raises(UserError, match=r"cache\.json: not readable as JSON .*; record it again"):
+        TeacherCache.open(folder / "cache")
+    (folder / "cache" / "cache.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(UserError, match=r"cache\.json: format 1 is not 2; record it again"):
         TeacherCache.open(folder / "cache")
     (folder / "cache" / "cache.json").unlink()
     with pytest.raises(UserError, match=r"no cache\.json in it"):
         TeacherCache.open(folder / "cache")
+
+
+def files_hashed(monkeypatch, folder):
+    hashed = []
+    monkeypatch.setattr(offline, "sha256_of", lambda path: (hashed.append(path.name), sha256_of(path))[1])
+    TeacherCache.open(folder)
+    return hashed
+
+
+def test_the_first_rank_hashes_every_file_once_and_no_other_does(folder, monkeypatch):
+    cache.main(arguments(folder))
+    shards = [f"shard_{number:05d}.safetensors" for number in range(3)]
+    assert files_hashed(monkeypatch, folder / "cache") == ["responses.jsonl", *shards]
+    monkeypatch.setenv("RANK", "1")
+    assert files_hashed(monkeypatch, folder / "cache") == []
+    cut(folder / "cache" / shards[2])
+    with pytest.raises(UserError, match=rf"{shards[2]}: cannot be read .*; record it again"):
+        TeacherCache.open(folder / "cache")
+
+
+def verdict(ranks: Ranks, folder: str) -> str:
+    try:
+        together(lambda: TeacherCache.open(Path(folder)), ranks)
+    except UserError as error:
+        return str(error)
+    return "whole"
+
+
+@pytest.mark.ranks
+def test_every_rank_stops_at_what_the_first_finds(folder):
+    cache.main(arguments(folder))
+    assert run_ranks(verdict, 2, str(folder / "cache")) == ["whole", "whole"]
+    changed(folder / "cache" / "responses.jsonl")
+    first, second = run_ranks(verdict, 2, str(folder / "cache"))
+    assert first == second and "responses.jsonl: missing or changed" in first
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ def metrics(step: int) -> dict[str, float]:
     names += ("response_truncated", "answer_missing", "router_shift", "kl_old_nats", "load_max_violation")
     names += ("router_flips", "router_flips_rollout", "load_reward_distance", "grad_norm_policy", "grad_norm_kd")
     names += ("router_entropy_nats", "seconds_rollout", "seconds_scoring", "seconds_update")
+    names += ("loss_aux", "groups_without_spread", "answer_check_failed", "gold_unparsable", "clip_fraction")
+    names += ("kl_reference_nats", "ratio_penalised", "grad_norm", "grad_norm_reference", "grad_norm_aux")
+    names += ("tokens_per_second_rollout", "tokens_per_second_scoring", "tokens_per_second_update")
     return {"step": step, **dict.fromkeys(names, 0.5 + 0.01 * step), "shift_penalty": 0.002, "ratio_deviation": 0.1}
 
 
@@ -29,6 +32,12 @@ def routing(step: int) -> dict[str, Any]:
         "score_spread": [0.05] * LAYERS,
         "selection_bias": [[0.1, -0.05, 0.0, 0.02]] * LAYERS,
         "logit_bias": [[0.0] * EXPERTS] * LAYERS,
+        "advantage_ema": [[0.2, -0.4, 0.0, 0.1]] * LAYERS,
+        "load_share_rewarded": [[0.0, 0.6, 0.2, 0.2]] * LAYERS,
+        "load_share_unrewarded": [[0.0, 0.4, 0.3, 0.3]] * LAYERS,
+        "router_shift": [0.01, 0.02, 0.04],
+        "router_flips": [0.1] * LAYERS,
+        "router_flips_rollout": [0.05] * LAYERS,
         "router_shift_edges": [1e-4, 1e-3, 1e-2],
         "router_shift_counts": [10, 30, 50, 10],
     }

@@ -8,7 +8,7 @@ import pytest
 
 from padd_ds.errors import UserError
 from padd_ds.report import TableRow, write_report
-from tests.report.made_up_run import make_run, metrics, routing, write_lines
+from tests.report.made_up_run import EXPERTS, LAYERS, make_run, metrics, routing, write_lines
 
 VOID = {"meta", "link", "br"}
 
@@ -51,16 +51,20 @@ def test_every_section_is_there(tmp_path: Path) -> None:
     html = report(tmp_path, make_run(tmp_path / "first"))
     assert Outline(html).headings == [
         *("A < B", "Results", "Joint training (first)", "Training", "Language-model loss", "Distillation loss"),
-        *("Initialisation loss", "Policy loss", "Reward", "Response length", "Failed responses"),
-        *("Router shift and policy ratio", "Flips of expert choice", "Gradient of each term"),
-        *("Load violation", "Router entropy", "Time per phase"),
-        *("Routing by layer and expert", "Load", "Selection bias", "Load violation per layer"),
-        "Distribution of the router shift",
+        *("Initialisation loss", "Policy loss", "Auxiliary loss", "Reward", "Response length", "Failed responses"),
+        *("Groups without spread", "Router shift and policy ratio", "Penalised ratio", "Clipped tokens"),
+        *("KL to the reference", "Flips of expert choice", "Gradient of each term", "Gradient norm"),
+        *("Load violation", "Router entropy", "Throughput", "Time per phase"),
+        *("Routing by layer and expert", "Load", "Selection bias", "Averaged advantage", "Experts of rewarded tokens"),
+        *("Load violation per layer", "Router shift per layer", "Flips per layer"),
+        *("Flips against the rollout per layer", "Distribution of the router shift"),
         *("Responses", "Settings"),
     ]
     assert "On average λΓ was 2 % of" in html
     assert "3 of 12 experts had no token" in html
     assert "the largest is 2 spreads" in html
+    assert "The distance between the two loads is 0.2 of 1" in html
+    assert "KL to the reference <b>0.5" in html and "auxiliary loss <b>0.5" in html
     assert "a note &amp; more" in html
     assert "stage: joint" in html and "&quot;ranks&quot;: 2" in html
     assert "no data" not in html.split("</style>")[1]
@@ -90,7 +94,7 @@ def test_samples_are_of_the_first_and_the_last_step_and_long_ones_are_cut(tmp_pa
 def test_a_run_of_one_step_works(tmp_path: Path) -> None:
     html = report(tmp_path, make_run(tmp_path / "run", steps=1))
     assert "<b>0.5</b>" in html and "→ 0.5" not in html
-    assert html.count("<svg class=") == 17
+    assert html.count("<svg class=") == 29
 
 
 def test_metrics_that_a_run_lacks_are_left_out(tmp_path: Path) -> None:
@@ -124,6 +128,26 @@ def test_a_bias_on_the_logits_is_shown_and_an_unused_one_is_said_to_be_zero(tmp_
     html = report(tmp_path, run)
     assert "Logit bias" in Outline(html).headings
     assert "0 for every expert" in html
+
+
+def test_routing_that_a_run_lacks_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    line = routing(0)
+    line["advantage_ema"] = [[0.0] * EXPERTS] * LAYERS
+    line["load_share_unrewarded"] = [[0.0] * EXPERTS] * LAYERS
+    line["router_flips"] = [0.0] * LAYERS
+    del line["router_shift"], line["router_flips_rollout"], line["router_shift_counts"]
+    write_lines(run / "routing" / "routing.jsonl", [line])
+    headings = Outline(report(tmp_path, run)).headings
+    shown = headings[headings.index("Routing by layer and expert") + 1 : headings.index("Responses")]
+    assert shown == ["Load", "Selection bias", "Load violation per layer"]
+
+
+def test_a_map_over_steps_leaves_out_the_records_that_lack_its_values(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    older = {name: value for name, value in routing(0).items() if name != "router_shift"}
+    write_lines(run / "routing" / "routing.jsonl", [older, routing(1)])
+    assert "Router shift per layer" in Outline(report(tmp_path, run)).headings
 
 
 def test_a_missing_metrics_file_is_named_and_nothing_is_written(tmp_path: Path) -> None:

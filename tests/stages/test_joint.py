@@ -1,5 +1,7 @@
 """A joint step on two expert-parallel ranks."""
 
+import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from padd_ds.config.schema import RoutingConfig
 from padd_ds.engine.ranks import Ranks
 from padd_ds.moe.load import choice_flips
+from padd_ds.stages.stage import MetricSums
 from tests.ranks import run_ranks
 from tests.world import FixedChecker, joint_config, make_joint_stage
 
@@ -111,6 +114,53 @@ def test_a_step_tells_shares_by_reward_the_shifts_and_the_throughput() -> None:
     assert metrics["tokens_per_second_rollout"] * metrics["seconds_rollout"] == pytest.approx(
         metrics["response_tokens"] * 8
     )
+
+
+def test_layers_are_told_apart_and_their_mean_is_the_metric() -> None:
+    metrics, routing = run_ranks(reports, 2)[0]
+    for name in ("router_shift", "router_flips", "router_flips_rollout"):
+        first, second = routing[name]
+        assert metrics[name] == pytest.approx((first + second) / 2)
+    assert routing["router_shift"][0] != routing["router_shift"][1]
+    assert min(routing["router_shift"]) > 0
+    # Punished responses alone lose a little; a mean ratio is near 1.
+    assert 0.5 < metrics["ratio_penalised"] < 1.5
+
+
+def test_a_frozen_router_stays_while_its_experts_learn() -> None:
+    free, frozen = run_ranks(one_step_each, 2, [{}, {"routing": RoutingConfig(train_router=False)}])[0]
+    assert free["gates"].abs().max() > 0
+    assert frozen["gates"].abs().max() == 0
+    assert frozen["metrics"]["grad_norm"] > 0 and frozen["metrics"]["router_shift"] > 0
+
+
+def corrected_advantages(ranks: Ranks) -> dict[str, Any]:
+    config = joint_config(policy={"updates_per_rollout": 1, "importance_cap": 2.0})
+    stage = make_joint_stage(ranks, config, 1, FixedChecker(lambda text, gold: len(text) % 2 == 0))
+    stage.student.engine.eval()
+    micro_batches = stage._score(stage.collector.collect(0).batch, 0, MetricSums())[0]
+    found = {}
+    for factor in (0.5, 1.5, 4.0):
+        weights, sums = [], MetricSums()
+        for micro_batch in micro_batches:
+            batch = micro_batch.batch
+            batch = dataclasses.replace(
+                batch,
+                rollout_logprobs_BR=micro_batch.old.logprobs_BR - math.log(factor),
+                advantage_B=torch.arange(1.0, batch.n_responses + 1),
+            )
+            advantage_BR = stage._advantages(dataclasses.replace(micro_batch, batch=batch), sums)
+            weights += (advantage_BR / batch.advantage_B[:, None])[batch.response_mask_BR].tolist()
+        found[factor] = (weights, sums.means(ranks)["rollout_mismatch"])
+    return found
+
+
+def test_advantages_are_weighted_for_what_the_rollout_drew_from_up_to_the_cap() -> None:
+    found = run_ranks(corrected_advantages, 1)[0]
+    for factor, (weights, mismatch) in found.items():
+        assert len(weights) >= 8 and weights == pytest.approx([min(factor, 2.0)] * len(weights), rel=1e-5)
+        # Of the ratio itself, so that a cap does not hide it.
+        assert mismatch == pytest.approx(abs(factor - 1), rel=1e-5)
 
 
 def test_replay_routes_as_the_old_policy_did() -> None:

@@ -150,7 +150,63 @@ def old_policy_scored_too_late() -> Iterator[None]:
         yield
 
 
-POLICY_BUGS = (advantage_of_the_wrong_sign, loss_one_token_early, old_policy_scored_too_late)
+@contextmanager
+def old_policy_of_an_earlier_update() -> Iterator[None]:
+    right = JointStage._score_micro_batch
+
+    def stale(self: JointStage, *given: Any) -> MicroBatch:
+        weights = [weight for name, weight in self.student.model.named_parameters() if "q_proj" in name]
+        now = [weight.detach().clone() for weight in weights]
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(0.8)
+            scored = right(self, *given)
+            for weight, original in zip(weights, now, strict=True):
+                weight.copy_(original)
+        return scored
+
+    with patch.object(JointStage, "_score_micro_batch", stale):
+        yield
+
+
+@contextmanager
+def rows_changed_by(change: Callable[[RolloutBatch], dict[str, torch.Tensor]]) -> Iterator[None]:
+    right = RolloutBatch.rows
+
+    def wrong(self: RolloutBatch, index: torch.Tensor) -> RolloutBatch:
+        rows = right(self, index)
+        return dataclasses.replace(rows, **change(rows))
+
+    with patch.object(RolloutBatch, "rows", wrong):
+        yield
+
+
+def last_prompt_token_unmasked() -> Any:
+    """It counts as the response's first token."""
+
+    def change(rows: RolloutBatch) -> dict[str, torch.Tensor]:
+        return {
+            "prompt_ids_BT": rows.prompt_ids_BT[:, :-1],
+            "prompt_mask_BT": rows.prompt_mask_BT[:, :-1],
+            "response_ids_BR": torch.cat([rows.prompt_ids_BT[:, -1:], rows.response_ids_BR], dim=1),
+            "response_mask_BR": torch.cat([rows.prompt_mask_BT[:, -1:].bool(), rows.response_mask_BR], dim=1),
+        }
+
+    return rows_changed_by(change)
+
+
+def padding_unmasked() -> Any:
+    """What stands behind a response counts as part of it."""
+    return rows_changed_by(lambda rows: {"response_mask_BR": torch.ones_like(rows.response_mask_BR)})
+
+
+POLICY_BUGS = (
+    advantage_of_the_wrong_sign,
+    loss_one_token_early,
+    last_prompt_token_unmasked,
+    old_policy_scored_too_late,
+    old_policy_of_an_earlier_update,
+)
 
 
 def compared(ranks: Ranks) -> dict[str, Any]:
@@ -160,7 +216,7 @@ def compared(ranks: Ranks) -> dict[str, Any]:
     back()
     expected = one_by_one(stage, found.pop("batch"), move)
     planted = {}
-    for bug in (*POLICY_BUGS, padding_counted_in_the_load):
+    for bug in (*POLICY_BUGS, padding_unmasked, padding_counted_in_the_load):
         back()
         with bug():
             planted[bug.__name__] = of_the_stage(stage, move)
@@ -179,4 +235,6 @@ def test_an_update_equals_loops_over_lone_responses_and_planted_bugs_do_not() ->
     assert found["load"] == expected["load"]
     for bug in POLICY_BUGS:
         assert result["planted"][bug.__name__]["policy"] != pytest.approx(expected["policy"], rel=1e-2), bug.__name__
+    # Ten times the tolerance above: rows of one length stand together, so that there is little padding.
+    assert result["planted"][padding_unmasked.__name__]["kd"] != pytest.approx(expected["kd"], rel=1e-3)
     assert result["planted"][padding_counted_in_the_load.__name__]["load"] != expected["load"]

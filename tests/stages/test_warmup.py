@@ -102,6 +102,20 @@ def test_losses_equal_a_loop_over_unpadded_problems() -> None:
         assert metrics["loss_kd"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-5)
 
 
+def divergences_of_the_first_step(ranks: Ranks) -> dict[str, float]:
+    directions = ("forward", "reverse", "jsd")
+    stages = {name: make_warmup(ranks, warmup_config(routing="routed", kd_direction=name)) for name in directions}
+    return {name: stage.step(0).metrics["loss_kd"] for name, stage in stages.items()}
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_the_direction_of_distillation_is_the_configurations() -> None:
+    found = run_ranks(divergences_of_the_first_step, 1)[0]
+    assert 0 < found["jsd"] < min(found["forward"], found["reverse"])
+    assert found["forward"] != pytest.approx(found["reverse"], rel=1e-3)
+
+
 def init_alone(ranks: Ranks) -> list[float]:
     stage = make_warmup(ranks, warmup_config(kd_weight=0.0, init_weight=100.0, train_shared_experts=False))
     return [stage.step(step).metrics["loss_init"] for step in range(12)]

@@ -19,7 +19,7 @@ from tools.experiment.cell import Cell, with_needs
 from tools.experiment.page import write_page
 from tools.experiment.plan import all_cells
 from tools.experiment.runner import Runner
-from tools.experiment.settings import SCALES, SEARCH
+from tools.experiment.settings import SCALES, SEARCH, TUNED
 from tools.experiment.statistics import over_seeds, paired_over_questions, pooled
 
 SCRIPT = """
@@ -59,6 +59,19 @@ def test_cells_follow_what_they_need_and_leave_results(cells, tmp_path):
     result = json.loads((tmp_path / "results" / "b.json").read_text())
     assert (result["greedy"], result["summary"], result["commit"]) == ("1111", "Pass@1 100.0", "abc")
     assert json.loads((tmp_path / "results" / "a.json").read_text())["greedy"] == "1010"
+
+
+def test_verify_makes_a_cell_again_aside_and_compares(cells, tmp_path):
+    with pytest.raises(UserError, match="a: has no result to compare with"):
+        runner(tmp_path).verify(cells)
+    runner(tmp_path).run(cells)
+    before = sorted(path.name for path in (tmp_path / "work").iterdir())
+    runner(tmp_path).verify(cells)
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == before
+    path = tmp_path / "results" / "b.json"
+    path.write_text(path.read_text().replace('"1111"', '"1110"'))
+    with pytest.raises(UserError, match="b: greedy came out otherwise"):
+        runner(tmp_path).verify(cells)
 
 
 def test_what_is_done_is_not_done_again(cells, tmp_path):
@@ -165,7 +178,7 @@ def test_paired_questions_see_a_small_steady_difference():
 
 def made_up_result(cell: Cell, greedy: str) -> dict:
     routing = {"shift": 0.01, "nmi": 0.02, "esi_nats": 0.03, "max_violation": 0.4}
-    samples = {"pass_at_1": 0.5}
+    samples = {"pass_at_1": 0.5, "samples": 4}
     return {
         "cell": cell.name,
         **cell.facts,
@@ -176,7 +189,7 @@ def made_up_result(cell: Cell, greedy: str) -> dict:
         "cost": {"active_parameters": 500000, "total_parameters": 1000000, "matmul_flops_per_token": 1000000},
         "headline": {"problems": {"pass_at_1": 0.5}, "samples": samples, "routing": routing},
         "greedy": greedy,
-        "sampled": "",
+        "sampled": "4222" if greedy == "1110" else "2222",
         "curves": {"reward_correct": [0.1, 0.2, 0.3], "load_max_violation": [0.4, 0.3, 0.2]},
     }
 
@@ -195,7 +208,9 @@ def test_the_page_has_every_row_its_figures_and_its_commands(tmp_path):
         assert title in text
     assert "| **PADD** | 0, 1, 2, 3, 4 | 0.5 of 1 | 75.0 (" in text and "+25.0 (" in text
     overview = text.split("## Overview")[1].split("## ")[0]
+    assert overview.count("| greedy | 0, 1, 2, 3, 4 |") == overview.count("| sampled | 0, 1, 2, 3, 4 |") == 4
     assert overview.count("| 75.0 (") == 4 and overview.count("Dense-GRPO: +25.0 (") == 4
+    assert overview.count("| 62.5 (") == 4 and overview.count("Dense-GRPO: +12.5 (") == 4
     searches = text.split("## The search, ")[1:]
     assert len(searches) == len(SCALES["full"].searched) == 2
     for part in searches:
@@ -234,3 +249,23 @@ def test_the_path_to_padd_runs_and_is_not_run_twice(tmp_path, repository):
     assert "| **PADD** | 0 | 0." in (tmp_path / "page.md").read_text()
     again = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100, check=False)
     assert "5 cells, 5 of them done" in again.stderr
+    verified = subprocess.run(
+        [*command, "--verify"], cwd=repository, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert verified.returncode == 0, verified.stderr[-3000:]
+    assert "seed0/half/joint/padd: the same greedy, sampled, headline and curves" in verified.stderr
+
+
+@pytest.mark.parametrize("shape", SCALES["full"].searched)
+def test_what_the_rows_have_is_the_best_of_their_search(repository, shape):
+    means: dict[str, dict[str, float]] = {}
+    for cell in all_cells(SCALES["full"]):
+        path = repository / "results" / "full" / f"{cell.name}.json"
+        if (cell.facts["kind"], cell.facts.get("shape")) == ("search", shape) and path.exists():
+            headline = json.loads(path.read_text())["headline"]
+            mean = headline["problems"]["pass_at_1"] + headline["samples"]["pass_at_1"]
+            means.setdefault(str(cell.facts["row"]), {})[str(cell.facts["options"])] = mean
+    complete = {row: found for row, found in means.items() if len(found) == len(SEARCH[row])}
+    assert {"sft", "warmed-up", "dense-grpo"} <= set(complete)
+    for row, found in complete.items():
+        assert max(found, key=lambda options: found[options]) == " ".join(TUNED[shape][row]), row

@@ -42,8 +42,13 @@ TITLES = {
     "without-ii-iii-iv": "I alone, then Vanilla-GRPO",
 }
 MAIN_ROWS = ("teacher-sft", "teacher", "converted", "sft", "warmed-up", "dense-narrowed", "dense-sft", "dense-grpo")
-OVERVIEW = ("seeds", "Teacher (GRPO)", "Vanilla-GRPO", "PADD", "ahead of Vanilla-GRPO", "of the teacher", "of the best")
+OVERVIEW = (
+    *("student", "decoding", "seeds", "Teacher (GRPO)", "Vanilla-GRPO", "PADD"),
+    *("ahead of Vanilla-GRPO", "of the teacher", "of the best baseline"),
+)
 OVERVIEW_ROWS = ("teacher", "vanilla-grpo", "padd")
+PROVENANCE = """`{work}` is the folder of all cells, `{here}` that of the row's cell. A commit with a + had changes
+that were not committed. `python tools/repro.py --only CELL --verify` makes a cell again and compares."""
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "experiment.md"
 HEAD = """# Results
 
@@ -132,26 +137,31 @@ def in_order(group: Group) -> Group:
 
 
 def overview(tables: dict[str, dict[str, Group]], figures: Path) -> str:
-    """PADD beside the teacher, Vanilla-GRPO and the best baseline, a line per shape; and the main rows as points."""
-    lines = [f"| student | {' | '.join(OVERVIEW)} |", "|---" * (1 + len(OVERVIEW)) + "|"]
+    """PADD beside the teacher, Vanilla-GRPO and the best baseline, for every shape; and the main rows as points."""
+    lines = [f"| {' | '.join(OVERVIEW)} |", "|---" * len(OVERVIEW) + "|"]
     points: dict[str, dict[str, tuple[float, Estimate]]] = defaultdict(dict)
     for shape, rows in tables.items():
-        padd = rows["padd"]
-        baselines = [name for name in ("dense-grpo", *METHODS) if name in rows and name != "padd"]
-        best = max(baselines, key=lambda name: pooled_greedy(rows[name]).mean, default=None)
-        seeds = ", ".join(str(result["seed"]) for result in padd)
-        three = [
-            shown(pooled_greedy(rows[name])) if name in rows else "" for name in ("teacher", "vanilla-grpo", "padd")
-        ]
-        leads = [ahead(rows[name], padd) if name in rows else "" for name in ("vanilla-grpo", "teacher")]
-        against_best = f"{TITLES[best]}: {ahead(rows[best], padd)}" if best else ""
-        lines.append(f"| {' | '.join([SHAPES[shape].title, seeds, *three, *leads, against_best])} |")
+        lines += [overview_line(shape, rows, decoding) for decoding in SCORES]
         for name in ("teacher", "dense-grpo", "vanilla-grpo", "online-kd", "padd"):
             if name in rows:
-                point = (active_millions(rows[name]), pooled_greedy(rows[name]))
-                points[TITLES[name].strip("*")][shape] = point
+                points[TITLES[name].strip("*")][shape] = (active_millions(rows[name]), pooled_scores(rows[name]))
     cost_figure(figures / "cost.svg", {title: list(of.values()) for title, of in points.items()})
     return "\n".join(["## Overview", "", *lines, "", f"![Pass@1 and active parameters]({figures.name}/cost.svg)"])
+
+
+def overview_line(shape: str, rows: dict[str, Group], decoding: str) -> str:
+    """Scores of the main rows of a shape, over the seeds that PADD has, and PADD's leads."""
+    padd, score = rows["padd"], SCORES[decoding]
+    seeds = [result["seed"] for result in padd]
+    rows = {name: [result for result in group if result["seed"] in seeds] for name, group in rows.items()}
+    scores = {name: pooled_scores(group, score) for name, group in rows.items() if group}
+    baselines = [name for name in ("dense-grpo", *METHODS) if name in scores and name != "padd"]
+    best = max(baselines, key=lambda name: scores[name].mean, default=None)
+    cells = [headline(SHAPES[shape]), decoding, ", ".join(map(str, seeds))]
+    cells += [shown(scores[name]) if name in scores else "" for name in OVERVIEW_ROWS]
+    cells += [ahead(rows[name], padd, score) if name in scores else "" for name in ("vanilla-grpo", "teacher")]
+    cells.append(f"{TITLES[best]}: {ahead(rows[best], padd, score)}" if best else "")
+    return f"| {' | '.join(cells)} |"
 
 
 def active_millions(group: Group) -> float:
@@ -159,8 +169,22 @@ def active_millions(group: Group) -> float:
     return group[0]["cost"]["active_parameters"] / 1e6
 
 
-def pooled_greedy(group: Group) -> Estimate:
-    return pooled([greedy(result) for result in group])
+def greedy(result: Result) -> list[float]:
+    """1 for each question that the greedy response answers."""
+    return [float(verdict) for verdict in result["greedy"]]
+
+
+def sampled(result: Result) -> list[float]:
+    """The share of right ones among the sampled responses to each question."""
+    return [int(count) / result["headline"]["samples"]["samples"] for count in result["sampled"]]
+
+
+Score = Callable[[Result], list[float]]
+SCORES: dict[str, Score] = {"greedy": greedy, "sampled": sampled}
+
+
+def pooled_scores(group: Group, score: Score = greedy) -> Estimate:
+    return pooled([score(result) for result in group])
 
 
 def table(rows: dict[str, Group], padd: Group) -> str:
@@ -172,7 +196,7 @@ def table(rows: dict[str, Group], padd: Group) -> str:
 
 
 def row_cells(name: str, group: Group, padd: Group) -> list[str]:
-    sampled = mean_of(group, lambda result: 100 * result["headline"]["samples"]["pass_at_1"])
+    samples = mean_of(group, lambda result: 100 * result["headline"]["samples"]["pass_at_1"])
     routing = [
         mean_of(group, lambda result, key=key: (result["headline"]["routing"] or {}).get(key), digits)  # type: ignore[misc]
         for key, digits in (("shift", 5), ("nmi", 4), ("esi_nats", 4), ("max_violation", 2))
@@ -181,26 +205,22 @@ def row_cells(name: str, group: Group, padd: Group) -> list[str]:
     seeds = ", ".join(str(result["seed"]) for result in group)
     cost = group[0]["cost"]
     active = f"{active_millions(group):.3g} of {cost['total_parameters'] / 1e6:.3g}"
-    estimate = shown(pooled_greedy(group))
-    return [TITLES.get(name, name), seeds, active, estimate, sampled, ahead(group, padd), *routing, minutes]
+    estimate = shown(pooled_scores(group))
+    return [TITLES.get(name, name), seeds, active, estimate, samples, ahead(group, padd), *routing, minutes]
 
 
-def ahead(group: Group, padd: Group) -> str:
+def ahead(group: Group, padd: Group, score: Score = greedy) -> str:
     """How far PADD is in front, over the seeds that both have."""
     pairs = [(one, other) for one in padd for other in group if one["seed"] == other["seed"]]
     if not pairs or group is padd or any(one is other for one, other in pairs):
         return ""
-    left, right = [greedy(one) for one, _ in pairs], [greedy(other) for _, other in pairs]
+    left, right = [score(one) for one, _ in pairs], [score(other) for _, other in pairs]
     questions = paired_over_questions(left, right)
     text = f"{100 * questions.mean:+.1f} ({100 * questions.low:+.1f} to {100 * questions.high:+.1f})"
     if len(pairs) > 1:
         means = [sum(a) / len(a) - sum(b) / len(b) for a, b in zip(left, right, strict=True)]
         text += f", p {over_seeds(means).p_value:.3f}"
     return text
-
-
-def greedy(result: Result) -> list[float]:
-    return [float(verdict) for verdict in result["greedy"]]
 
 
 def shown(estimate: Estimate) -> str:
@@ -215,7 +235,7 @@ def mean_of(group: Group, value: Callable[[Result], float | None], digits: int =
 
 def figures_of(rows: dict[str, Group], folder: Path, shape: str) -> str:
     """Pass@1 as bars, and curves of reward, load and shift, as files beside the page."""
-    bars = {name: pooled_greedy(group) for name, group in rows.items()}
+    bars = {name: pooled_scores(group) for name, group in rows.items()}
     titles = {name: TITLES[name].strip("*") for name in rows}
     bars_figure(folder / f"{shape}-pass.svg", {titles[name]: bar for name, bar in bars.items()}, titles.get("teacher"))
     trained = {titles[name]: rows[name] for name in (*METHODS, "dense-grpo") if name in rows}
@@ -236,17 +256,17 @@ def mean_curve(group: Group, key: str) -> list[float]:
 
 
 def provenance(there: dict[str, Result]) -> str:
-    """The commands of one seed for every kind of row, and the commits."""
-    commits = sorted({result["commit"] for result in there.values()})
-    where = "`{work}` is the folder of all cells, `{here}` that of the row's cell; seeds stand in the tables"
-    lines = ["## Commands", "", f"Commits: {', '.join(commits)}. {where}."]
-    shown_rows: set[str] = set()
+    """The commands of one cell for every row, with the seeds and commits of all."""
+    rows: dict[str, Group] = defaultdict(list)
     for result in there.values():
-        row = result.get("method") or result.get("row") or result["kind"]
-        key = f"{result.get('shape', '')} {row}".strip()
-        if key not in shown_rows:
-            shown_rows.add(key)
-            lines += ["", f"`{result['cell']}`:", "", "```", *(command_line(c) for c in result["commands"]), "```"]
+        row = result.get("row") or result.get("method") or result["kind"]
+        rows[f"{result['kind']} {result.get('shape', '')} {row}"].append(result)
+    lines = ["## Commands", "", PROVENANCE]
+    for group in rows.values():
+        seeds = ", ".join(str(seed) for seed in sorted({result["seed"] for result in group}))
+        commits = ", ".join(sorted({result["commit"] for result in group}))
+        commands = [command_line(command) for command in group[0]["commands"]]
+        lines += ["", f"`{group[0]['cell']}`, seeds {seeds}, commits {commits}:", "", "```", *commands, "```"]
     return "\n".join(lines)
 
 

@@ -25,13 +25,20 @@ CURVES = (
     "router_flips",
     "router_flips_rollout",
     "ratio_deviation",
+    "ratio_penalised",
     "clip_fraction",
     "load_max_violation",
     "load_dead_experts",
     "load_reward_distance",
     "router_entropy_nats",
     "grad_norm",
+    "grad_norm_lm",
+    "grad_norm_kd",
+    "grad_norm_init",
+    "grad_norm_policy",
 )
+REPRODUCED = ("greedy", "sampled", "headline")
+"""What a second run of a cell on the same machine gives again, to the last digit, beside the curves."""
 COSTS = ("active_parameters", "total_parameters", "matmul_flops_per_token")
 PHASES = ("seconds_rollout", "seconds_scoring", "seconds_update")
 
@@ -56,8 +63,14 @@ def cell_result(cell: Cell, here: Path, *, commit: str, seconds: float) -> Resul
         "headline": rounded(headline),
         "greedy": "".join(str(int(response["correct"])) for response in evaluation["responses"]),
         "sampled": counts_by_problem(evaluation),
-        "curves": {name: [rounded(step[name]) for step in steps] for name in CURVES if steps and name in steps[0]},
+        "curves": curves_of(steps),
     }
+
+
+def curves_of(steps: list[dict[str, float]]) -> dict[str, list[float]]:
+    """The CURVES that the first step has, without the steps that lack them."""
+    names = [name for name in CURVES if steps and name in steps[0]]
+    return {name: [rounded(step[name]) for step in steps if name in step] for name in names}
 
 
 def model_cost(folder: Path) -> dict[str, int]:

@@ -12,12 +12,13 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from padd_ds.errors import UserError
 from padd_ds.files import staged_directory, write_text_whole
 from tools.experiment.cell import Cell
-from tools.experiment.result import as_text, cell_result
+from tools.experiment.result import REPRODUCED, Result, as_text, cell_result
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -78,19 +79,37 @@ class Runner:
     def _run_cell(self, cell: Cell) -> str:
         folder = self.work / cell.name
         folder.parent.mkdir(parents=True, exist_ok=True)
-        started_s = time.monotonic()
         with staged_directory(folder, overwrite=True) as here:
-            with (here / "log.txt").open("w", encoding="utf-8") as log:
-                for command in cell.commands:
-                    self._run_command(fill(command, self.work, here), log, folder)
-            # All that resuming a run would need, and nothing that a result is read from.
-            shutil.rmtree(here / "run" / "checkpoints", ignore_errors=True)
-            result = cell_result(cell, here, commit=self.commit, seconds=time.monotonic() - started_s)
+            result = self._make(cell, here)
             (here / "fingerprint").write_text(cell.fingerprint(), encoding="utf-8")
         path = self.results / f"{cell.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_whole(path, as_text(result))
         return f"{result['summary']}, {result['seconds']:.0f} s"
+
+    def _make(self, cell: Cell, here: Path) -> Result:
+        """Run the commands of the cell in `here`."""
+        started_s = time.monotonic()
+        with (here / "log.txt").open("w", encoding="utf-8") as log:
+            for command in cell.commands:
+                self._run_command(fill(command, self.work, here), log, self.work / cell.name)
+        # All that resuming a run would need, and nothing that a result is read from.
+        shutil.rmtree(here / "run" / "checkpoints", ignore_errors=True)
+        return cell_result(cell, here, commit=self.commit, seconds=time.monotonic() - started_s)
+
+    def verify(self, cells: list[Cell]) -> None:
+        """Make cells that have a result again, aside, and compare; UserError for the first that comes out otherwise."""
+        for cell in cells:
+            if not self._has_result(cell):
+                raise UserError(f"{cell.name}: has no result to compare with; run it first, without --verify")
+        for cell in cells:
+            kept = json.loads((self.results / f"{cell.name}.json").read_text(encoding="utf-8"))
+            with TemporaryDirectory(dir=self.work, prefix=".verify-") as here:
+                result = json.loads(as_text(self._make(cell, Path(here))))
+            different = differences(result, kept)
+            if different:
+                raise UserError(f"{cell.name}: {', '.join(different)} came out otherwise than in {self.results}")
+            say(f"{cell.name}: the same {', '.join(REPRODUCED)} and curves")
 
     def _run_command(self, command: list[str], log: Any, folder: Path) -> None:
         log.write(f"== {shlex.join(command)}\n")
@@ -117,6 +136,14 @@ class Runner:
             self._stopped = True
             for process in self._running:
                 os.killpg(process.pid, signal.SIGTERM)
+
+
+def differences(result: Result, kept: Result) -> list[str]:
+    """What two results of a cell do not share; a curve that only `result` has is no difference."""
+    names = [name for name in REPRODUCED if result[name] != kept[name]]
+    return names + [
+        f"the curve {name}" for name in kept["curves"] if result["curves"].get(name) != kept["curves"][name]
+    ]
 
 
 def end_on_sigterm() -> None:
