@@ -1,6 +1,6 @@
 """Loading of Hugging Face folders and hub ids, with errors a user can act on, and one way to call a model.
 
-Legend: B rows, L = T + R tokens of prompt and response, R response tokens, V vocabulary.
+Legend: P prompts, B rows, L = T + R tokens of prompt and response, T prompt tokens, R response tokens, V vocabulary.
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from padd_ds.errors import UserError
@@ -87,6 +87,19 @@ def response_logits(model: Any, input_ids_BL: torch.Tensor, mask_BL: torch.Tenso
         logits_to_keep=torch.arange(length - n_response - 1, length - 1, device=input_ids_BL.device),
         use_cache=False,
     ).logits
+
+
+def prompt_cache(model: Any, ids_PT: torch.Tensor, mask_PT: torch.Tensor) -> DynamicCache:
+    """The model's cache of all tokens of left-padded prompts but the last; of whatever padding there is, too."""
+    cache = DynamicCache(config=model.config)
+    model.base_model(
+        input_ids=ids_PT[:, :-1],
+        attention_mask=mask_PT[:, :-1],
+        position_ids=position_ids(mask_PT)[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return cache
 
 
 def position_ids(mask_BL: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from padd_ds.hf import prompt_cache
 from padd_ds.rollout.settings import callers_settings_alone
 
 
@@ -87,10 +88,12 @@ class HuggingFaceRollout:
     ) -> Responses:
         cache = None
         if sampling.share_prefill:
-            # Room for a cache of all tokens but the last, on every rank, whatever its own prompts are.
+            # Room for a cache of all tokens but the last, on every rank, whatever its own prompts are; `generate` runs
+            # the last.
             prompt_ids_PT = torch.nn.functional.pad(prompt_ids_PT, (1, 0), value=self.pad_token_id)
             prompt_mask_PT = torch.nn.functional.pad(prompt_mask_PT, (1, 0), value=0)
-            cache = self._shared_prefill(prompt_ids_PT, prompt_mask_PT, group_size)
+            cache = prompt_cache(self.model, prompt_ids_PT, prompt_mask_PT)
+            cache.batch_repeat_interleave(group_size)
         ids_BT = prompt_ids_PT.repeat_interleave(group_size, dim=0)
         mask_BT = prompt_mask_PT.repeat_interleave(group_size, dim=0)
         sampled = sampling.temperature > 0
@@ -112,20 +115,6 @@ class HuggingFaceRollout:
             )
         responses = split_responses(sequences_BL[:, ids_BT.shape[1] :], self.end_token_ids)
         return responses if recorder is None else replace(responses, logprobs_BR=recorder.logprobs(sequences_BL))
-
-    def _shared_prefill(self, ids_PT: torch.Tensor, mask_PT: torch.Tensor, group_size: int) -> DynamicCache:
-        """The cache of all prompt tokens but the last, repeated for the group; `generate` runs the last."""
-        cache = DynamicCache(config=self.model.config)
-        positions_PT = (mask_PT.long().cumsum(-1) - 1).clamp(min=0)
-        self.model.model(
-            input_ids=ids_PT[:, :-1],
-            attention_mask=mask_PT[:, :-1],
-            position_ids=positions_PT[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache.batch_repeat_interleave(group_size)
-        return cache
 
 
 class SampledLogprobs(LogitsProcessor):

@@ -38,6 +38,7 @@ from padd_ds.stages.gradients import add_gradient_norms, measured_micro_batch
 from padd_ds.stages.micro_batch import Counts, MicroBatch, OldPolicy, layer_routes
 from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
+from padd_ds.stages.teacher import TeacherOnPrompts
 
 LAYER_MEANS = ("router_shift", "router_flips", "router_flips_rollout")
 """Told per layer, and as their mean among the metrics."""
@@ -129,34 +130,43 @@ class JointStage:
         generator = torch.Generator().manual_seed(derive_seed(config.seed, step, ranks.rank))
         order_B = torch.randperm(batch.n_responses, generator=generator).to(ranks.device)
         lengths_B = batch.attention_mask_BL.sum(dim=1)
+        group_size = config.rollout.group_size
+        teacher = TeacherOnPrompts.read(self.teacher, batch, group_size) if config.kd_weight > 0 else None
+
+        def scored(rows: torch.Tensor, routing_seed: int) -> MicroBatch:
+            return MicroBatch(
+                batch=batch.rows(rows),
+                prompt_B=rows // group_size,
+                teacher=teacher,
+                routing_seed=routing_seed,
+                old=self._old_policy(batch.rows(rows), routing_seed, sums),
+            )
+
         updates = []
         for update, rows_B in enumerate(order_B.chunk(config.policy.updates_per_rollout)):
             by_length_B = rows_B[lengths_B[rows_B].argsort()]
             updates.append(
                 [
-                    self._score_micro_batch(
-                        batch.rows(rows), derive_seed(config.seed, step, ranks.rank, update, index), sums
-                    )
+                    scored(rows, derive_seed(config.seed, step, ranks.rank, update, index))
                     for index, rows in enumerate(by_length_B.split(config.micro_batch_size))
                 ]
             )
         return updates
 
     @torch.no_grad()
-    def _score_micro_batch(self, batch: RolloutBatch, routing_seed: int, sums: MetricSums) -> MicroBatch:
+    def _old_policy(self, batch: RolloutBatch, routing_seed: int, sums: MetricSums) -> OldPolicy:
         routes = layer_routes(batch)
         with self.student.replaying(routes if self.config.routing.replay == "rollout" else None):
             logprobs_BR, _, record = self._forward(self.student.engine, batch, routing_seed)
         layers = range(len(self.student.layers))
         if routes:
             _add_flips(sums, "router_flips_rollout", record, routes, batch)
-        old = OldPolicy(
+        return OldPolicy(
             logprobs_BR=logprobs_BR,
             reference_logprobs_BR=self._reference_logprobs(batch),
             scores_SE=[record.scores_SE[layer] for layer in layers],
             selected_SK=[record.selected_SK[layer] for layer in layers],
         )
-        return MicroBatch(batch=batch, routing_seed=routing_seed, old=old)
 
     def _reference_logprobs(self, batch: RolloutBatch) -> torch.Tensor | None:
         if self.reference is None:
@@ -256,8 +266,8 @@ class JointStage:
             loss_terms["reference"] = config.policy.kl_weight * global_mean(kl_sum, counts.policy, world)
             sums.add("kl_reference_nats", kl_sum.detach(), loss_count(mask_BR, self.policy_options))
         kd_sum = torch.zeros((), device=logits_BRV.device)
-        if config.kd_weight > 0:
-            kd_sum = self._kd_sum(batch, logits_BRV, sums)
+        if micro_batch.teacher is not None:
+            kd_sum = self._kd_sum(batch, logits_BRV, micro_batch.teacher.logits(batch, micro_batch.prompt_B), sums)
             loss_terms["kd"] = config.kd_weight * global_mean(kd_sum, counts.response_tokens, world)
         if self._uses_aux_loss:
             aux_sum = self._aux_sum(batch, record)
@@ -312,13 +322,11 @@ class JointStage:
         sums.add_layers("router_shift", totals_N, batch.response_mask_BR.sum())
         return shift_NBR.mean(dim=0)
 
-    def _kd_sum(self, batch: RolloutBatch, logits_BRV: torch.Tensor, sums: MetricSums) -> torch.Tensor:
-        """Stage II: one teacher forward per response, no gradient."""
+    def _kd_sum(
+        self, batch: RolloutBatch, logits_BRV: torch.Tensor, teacher_BRV: torch.Tensor, sums: MetricSums
+    ) -> torch.Tensor:
+        """Stage II."""
         options = self.config.distillation
-        with torch.no_grad():
-            teacher_BRV = response_logits(
-                self.teacher, batch.input_ids_BL, batch.attention_mask_BL, batch.response_ids_BR.shape[1]
-            )
         temperature_B = distillation_temperature(
             batch.advantage_B,
             rule=options.temperature_rule,

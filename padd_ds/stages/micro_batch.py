@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from padd_ds.rollout.batch import RolloutBatch
+from padd_ds.stages.teacher import TeacherOnPrompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,10 @@ class MicroBatch:
     """Responses that are trained on together, with the policy that made them."""
 
     batch: RolloutBatch
+    prompt_B: torch.Tensor
+    """Number of each response's prompt among those of the rank's rollout."""
+    teacher: TeacherOnPrompts | None
+    """None where there is no distillation."""
     routing_seed: int
     old: OldPolicy
 

@@ -13,7 +13,8 @@ from padd_ds.engine.ranks import Ranks
 from padd_ds.losses.policy import POLICY_LOSSES
 from padd_ds.rollout.batch import RolloutBatch
 from padd_ds.stages import joint
-from padd_ds.stages.joint import JointStage, MicroBatch
+from padd_ds.stages.joint import JointStage
+from padd_ds.stages.micro_batch import MicroBatch, OldPolicy
 from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums
 from tests.ranks import run_ranks
@@ -143,8 +144,8 @@ def old_policy_scored_too_late() -> Iterator[None]:
     right = JointStage._loss_terms
 
     def late(self: JointStage, model: Any, micro_batch: MicroBatch, *rest: Any) -> Any:
-        again = self._score_micro_batch(micro_batch.batch, micro_batch.routing_seed, MetricSums())
-        return right(self, model, dataclasses.replace(micro_batch, old=again.old), *rest)
+        again = self._old_policy(micro_batch.batch, micro_batch.routing_seed, MetricSums())
+        return right(self, model, dataclasses.replace(micro_batch, old=again), *rest)
 
     with patch.object(JointStage, "_loss_terms", late):
         yield
@@ -152,9 +153,9 @@ def old_policy_scored_too_late() -> Iterator[None]:
 
 @contextmanager
 def old_policy_of_an_earlier_update() -> Iterator[None]:
-    right = JointStage._score_micro_batch
+    right = JointStage._old_policy
 
-    def stale(self: JointStage, *given: Any) -> MicroBatch:
+    def stale(self: JointStage, *given: Any) -> OldPolicy:
         weights = [weight for name, weight in self.student.model.named_parameters() if "q_proj" in name]
         now = [weight.detach().clone() for weight in weights]
         with torch.no_grad():
@@ -165,7 +166,7 @@ def old_policy_of_an_earlier_update() -> Iterator[None]:
                 weight.copy_(original)
         return scored
 
-    with patch.object(JointStage, "_score_micro_batch", stale):
+    with patch.object(JointStage, "_old_policy", stale):
         yield
 
 
