@@ -54,7 +54,7 @@ def main() -> None:
     if arguments.verify:
         if not arguments.only:
             raise UserError("--verify: say with --only which cells to make again")
-        runner.verify(wanted)
+        runner.verify(wanted, with_needs(wanted, cells))
         return
     if not arguments.page_only:
         runner.run(with_needs(wanted, cells))

@@ -294,8 +294,14 @@ def main() -> None:
         kv_heads=args.kv_heads,
         seed=args.seed,
     )
-    result = {"options": asdict(options), **train(model, options, lambda line: print(line, flush=True))}
-    if launched()[0] != 0:
+    rank, _ = launched()
+    try:
+        result = {"options": asdict(options), **train(model, options, lambda line: print(line, flush=True))}
+    finally:
+        # Left to the interpreter's end, the group's threads may abort the process.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if rank != 0:
         return
     if args.evaluate:
         result["pass_at_1"] = _print_table(evaluate(model, splits["test"]))

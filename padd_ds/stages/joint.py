@@ -21,27 +21,24 @@ from padd_ds.losses.distillation import distillation_sum, distillation_temperatu
 from padd_ds.losses.policy import (
     POLICY_LOSSES,
     PolicyOptions,
-    PolicyTerms,
     importance_weights,
     loss_count,
     reference_kl_sum,
 )
 from padd_ds.losses.tokens import global_mean, token_logprobs
 from padd_ds.moe.balance import BalanceOptions, BalanceState, update_balance
-from padd_ds.moe.load import choice_flips, load_balance_sum
+from padd_ds.moe.load import load_balance_sum
 from padd_ds.moe.router import RoutingRecord
 from padd_ds.moe.shift import SHIFT_EDGES, router_distribution, router_shift, shift_counts
 from padd_ds.rollout.batch import RolloutBatch, response_positions
 from padd_ds.rollout.collect import Collector, Rollout
 from padd_ds.seeds import derive_seed
 from padd_ds.stages.gradients import add_gradient_norms, measured_micro_batch
+from padd_ds.stages.joint_metrics import LAYER_MEANS, add_flips, add_policy_metrics
 from padd_ds.stages.micro_batch import Counts, MicroBatch, OldPolicy, layer_routes
 from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
 from padd_ds.stages.teacher import TeacherOnPrompts
-
-LAYER_MEANS = ("router_shift", "router_flips", "router_flips_rollout")
-"""Told per layer, and as their mean among the metrics."""
 
 
 def is_trained(name: str, train_router: bool) -> bool:
@@ -134,12 +131,13 @@ class JointStage:
         teacher = TeacherOnPrompts.read(self.teacher, batch, group_size) if config.kd_weight > 0 else None
 
         def scored(rows: torch.Tensor, routing_seed: int) -> MicroBatch:
+            chosen = batch.rows(rows)
             return MicroBatch(
-                batch=batch.rows(rows),
+                batch=chosen,
                 prompt_B=rows // group_size,
                 teacher=teacher,
                 routing_seed=routing_seed,
-                old=self._old_policy(batch.rows(rows), routing_seed, sums),
+                old=self._old_policy(chosen, routing_seed, sums),
             )
 
         updates = []
@@ -160,7 +158,7 @@ class JointStage:
             logprobs_BR, _, record = self._forward(self.student.engine, batch, routing_seed)
         layers = range(len(self.student.layers))
         if routes:
-            _add_flips(sums, "router_flips_rollout", record, routes, batch)
+            add_flips(sums, "router_flips_rollout", record, routes, batch)
         return OldPolicy(
             logprobs_BR=logprobs_BR,
             reference_logprobs_BR=self._reference_logprobs(batch),
@@ -273,9 +271,9 @@ class JointStage:
             aux_sum = self._aux_sum(batch, record)
             loss_terms["aux"] = config.balance.aux_weight * global_mean(aux_sum, counts.tokens, world)
             sums.add("loss_aux", aux_sum.detach(), batch.attention_mask_BL.sum())
-        _add_policy_metrics(sums, terms, loss_count(batch.response_mask_BR, self.policy_options))
+        add_policy_metrics(sums, terms, loss_count(batch.response_mask_BR, self.policy_options))
         sums.add("loss_kd", kd_sum, terms.tokens)
-        _add_flips(sums, "router_flips", record, micro_batch.old.selected_SK, batch)
+        add_flips(sums, "router_flips", record, micro_batch.old.selected_SK, batch)
         return loss_terms, record, shift_BR
 
     def _advantages(self, micro_batch: MicroBatch, sums: MetricSums) -> torch.Tensor:
@@ -384,26 +382,3 @@ class JointStage:
     @property
     def _bias_slot(self) -> str:
         return {"selection": "e_score_correction_bias", "logit": "logit_bias"}[self.config.balance.target]
-
-
-def _add_flips(
-    sums: MetricSums, name: str, record: RoutingRecord, other: list[torch.Tensor], batch: RolloutBatch
-) -> None:
-    """How many of the chosen experts are not among those of `other`, one [S, K] per layer, over real tokens.
-
-    A token that `other` has not routed (negative) does not count.
-    """
-    if not other:
-        return
-    mask_S = batch.attention_mask_BL.flatten().bool() & (other[0][:, 0] >= 0)
-    flips = [choice_flips(record.selected_SK[layer], other_SK, mask_S) for layer, other_SK in enumerate(other)]
-    sums.add_layers(name, torch.stack(flips), mask_S.sum() * other[0].shape[1])
-
-
-def _add_policy_metrics(sums: MetricSums, terms: PolicyTerms, n_policy: torch.Tensor) -> None:
-    sums.add("loss_policy", terms.loss_sum, n_policy)
-    sums.add("ratio_deviation", terms.ratio_deviation_sum, terms.tokens)
-    sums.add("ratio_penalised", terms.used_ratio_sum, terms.tokens)
-    sums.add("shift_penalty", terms.penalty_sum, terms.tokens)
-    sums.add("clip_fraction", terms.clipped_tokens, terms.tokens)
-    sums.add("kl_old_nats", terms.kl_old_sum, terms.tokens)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,15 +64,24 @@ def test_cells_follow_what_they_need_and_leave_results(cells, tmp_path):
 
 def test_verify_makes_a_cell_again_aside_and_compares(cells, tmp_path):
     with pytest.raises(UserError, match="a: has no result to compare with"):
-        runner(tmp_path).verify(cells)
+        runner(tmp_path).verify(cells, cells)
     runner(tmp_path).run(cells)
     before = sorted(path.name for path in (tmp_path / "work").iterdir())
-    runner(tmp_path).verify(cells)
+    runner(tmp_path).verify(cells, cells)
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == before
     path = tmp_path / "results" / "b.json"
     path.write_text(path.read_text().replace('"1111"', '"1110"'))
     with pytest.raises(UserError, match="b: greedy came out otherwise"):
-        runner(tmp_path).verify(cells)
+        runner(tmp_path).verify(cells, cells)
+
+
+def test_verify_makes_what_a_cell_needs_where_only_results_are_there(cells, tmp_path):
+    runner(tmp_path).run(cells)
+    results = {path.name: path.read_text() for path in (tmp_path / "results").iterdir()}
+    shutil.rmtree(tmp_path / "work")
+    runner(tmp_path).verify([cells[1]], cells[:2])
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["a"]
+    assert {path.name: path.read_text() for path in (tmp_path / "results").iterdir()} == results
 
 
 def test_what_is_done_is_not_done_again(cells, tmp_path):
@@ -220,6 +230,16 @@ def test_the_page_has_every_row_its_figures_and_its_commands(tmp_path):
     for figure in (tmp_path / "page").iterdir():
         assert f"(page/{figure.name})" in text
     assert len(list((tmp_path / "page").iterdir())) == 13
+
+
+def test_parts_without_padd_itself_make_a_page_all_the_same(tmp_path):
+    cells = [cell for cell in all_cells(SCALES["full"]) if cell.facts.get("method") == "without-i"]
+    for cell in cells:
+        path = tmp_path / "results" / f"{cell.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(made_up_result(cell, "1010")))
+    write_page(tmp_path / "page.md", tmp_path / "results", all_cells(SCALES["full"]), SCALES["full"])
+    assert "w/o I" not in (tmp_path / "page.md").read_text()
 
 
 def test_a_page_of_nothing_is_refused(tmp_path):

@@ -56,9 +56,9 @@ Made by `make {target}` (`python tools/repro.py --scale {scale}`) from the files
 by hand. What the experiment is, and how to read it, stands in [experiment.md]({guide}). {done} of {total} cells
 are there.
 
-Greedy Pass@1 in percent with the 95 % interval over the questions of these seeds; *sampled*: mean of 4 responses at
-temperature 1. *PADD ahead by*: PADD minus the row, question by question, with its 95 % interval over questions, and the
-two-sided p of a paired t-test over seeds. *active*: parameters that a token passes through, of all that are held.
+Greedy Pass@1 in percent with the 95 % interval over the questions of these seeds; *sampled*: mean of several responses
+at temperature 1. *PADD ahead by*: PADD minus the row, question by question, with its 95 % interval over questions, and
+the two-sided p of a paired t-test over seeds. *active*: parameters that a token passes through, of all that are held.
 *shift*: mean router shift since the student that the stage began with; *load*: maximal violation on the test problems'
 solutions.
 """
@@ -70,7 +70,7 @@ def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name:
     there = {name: result for name, result in found.items() if result is not None}
     if not there:
         raise UserError(f"{results}: holds no result of these cells; run them first")
-    target = {"full": "repro", "quick": "repro-quick"}.get(name, "repro")
+    target = {"quick": "repro-quick", "smollm2": "repro-smollm2"}.get(name, "repro")
     guide = os.path.relpath(GUIDE, path.absolute().parent)
     counts = {"done": len(there), "total": len(cells)}
     parts = [HEAD.format(target=target, scale=name, results=results.name, guide=guide, **counts)]
@@ -84,7 +84,7 @@ def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name:
         parts.append(f"## {headline(SHAPES[shape])}\n\n{table(rows, rows['padd'])}")
         parts.append(figures_of(rows, figures, shape))
     rows = part_rows(there, scale.shapes[0])
-    if rows:
+    if rows and scale.shapes[0] in tables:
         padd = tables[scale.shapes[0]]["padd"]
         parts.append(f"## PADD without its parts, and with other Choices ({SHAPES[scale.shapes[0]].title})\n")
         parts.append(table({"padd": padd} | rows, padd))

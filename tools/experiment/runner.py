@@ -77,15 +77,20 @@ class Runner:
         return made.exists() and made.read_text(encoding="utf-8") == cell.fingerprint()
 
     def _run_cell(self, cell: Cell) -> str:
+        result = self._keep(cell)
+        path = self.results / f"{cell.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_whole(path, as_text(result))
+        return f"{result['summary']}, {result['seconds']:.0f} s"
+
+    def _keep(self, cell: Cell) -> Result:
+        """Make the cell in its own folder."""
         folder = self.work / cell.name
         folder.parent.mkdir(parents=True, exist_ok=True)
         with staged_directory(folder, overwrite=True) as here:
             result = self._make(cell, here)
             (here / "fingerprint").write_text(cell.fingerprint(), encoding="utf-8")
-        path = self.results / f"{cell.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_whole(path, as_text(result))
-        return f"{result['summary']}, {result['seconds']:.0f} s"
+        return result
 
     def _make(self, cell: Cell, here: Path) -> Result:
         """Run the commands of the cell in `here`."""
@@ -97,11 +102,21 @@ class Runner:
         shutil.rmtree(here / "run" / "checkpoints", ignore_errors=True)
         return cell_result(cell, here, commit=self.commit, seconds=time.monotonic() - started_s)
 
-    def verify(self, cells: list[Cell]) -> None:
-        """Make cells that have a result again, aside, and compare; UserError for the first that comes out otherwise."""
+    def verify(self, cells: list[Cell], needed: list[Cell]) -> None:
+        """Make cells that have a result again, aside, and compare; UserError for the first that comes out otherwise.
+
+        Models that they need and that are not there are made before, without a result. `needed`: in an order that can
+        be run.
+        """
         for cell in cells:
             if not self._has_result(cell):
                 raise UserError(f"{cell.name}: has no result to compare with; run it first, without --verify")
+        self.work.mkdir(parents=True, exist_ok=True)
+        read = {name for cell in needed for name in cell.needs}
+        for cell in needed:
+            if cell.name in read and not self._has_model(cell):
+                say(f"{cell.name}: its model is not there and is made")
+                self._keep(cell)
         for cell in cells:
             kept = json.loads((self.results / f"{cell.name}.json").read_text(encoding="utf-8"))
             with TemporaryDirectory(dir=self.work, prefix=".verify-") as here:
