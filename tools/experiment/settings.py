@@ -266,6 +266,7 @@ def _rates(*rates: str, also: str = "") -> tuple[tuple[str, ...], ...]:
 _GRPO_RATES = _rates("3e-5", "1e-4", "3e-4", "1e-3")
 _KD_RATES = _rates("3e-5", "1e-4", "3e-4", "1e-3", also="distillation.weight=2")
 _KD_WEIGHTS = tuple(("optimizer.learning_rate=1e-4", f"distillation.weight={weight}") for weight in ("0.5", "5"))
+_SHARPER = (*_KD_RATES[1], "distillation.temperature=0.5")
 _GAMMA = "balance.reward_rate"
 SEARCH: dict[str, tuple[tuple[str, ...], ...]] = {
     "sft": _rates("3e-4", "1e-3", "3e-3"),
@@ -278,13 +279,14 @@ SEARCH: dict[str, tuple[tuple[str, ...], ...]] = {
     "vanilla-grpo": _GRPO_RATES,
     "gspo": _GRPO_RATES,
     "rspo": _GRPO_RATES,
-    "online-kd": _KD_RATES + _KD_WEIGHTS,
+    "online-kd": (*_KD_RATES, *_KD_WEIGHTS, _SHARPER),
     "padd": (
         *((*candidate, f"{_GAMMA}=0.01") for candidate in _KD_RATES + _KD_WEIGHTS),
         *((*_KD_RATES[1], f"{_GAMMA}={gamma}") for gamma in ("0", "0.05")),
+        (*_SHARPER, f"{_GAMMA}=0.05"),
     ),
 }
-"""What was tried on validation questions with the first seed: the same rates for all, the same weights and gammas."""
+"""What was tried on validation questions with the first seed: the same for every row that has the setting."""
 
 
 def _taken(**candidates: int) -> dict[str, tuple[str, ...]]:
