@@ -86,6 +86,17 @@ class Plan:
             facts={"kind": "teacher", "seed": seed},
         )
 
+    def responses(self, seed: int) -> Cell:
+        """What the tuned teacher answers to the questions of part C, one response each, the right ones kept."""
+        words = ("padd-cache", "--teacher", model_of(f"seed{seed}/teacher"), "--data", data_of(seed, "train"))
+        what = ("--part", "C", "--responses", "1", "--top-k", "0", "--seed", str(seed))
+        return Cell(
+            name=f"seed{seed}/responses",
+            commands=((*words, *what, *self.scale.task.record, "--output", "{here}/cache"),),
+            needs=(f"seed{seed}/teacher-sft", f"seed{seed}/teacher"),
+            facts={"kind": "responses", "seed": seed},
+        )
+
     def converted(self, seed: int, shape: str, name: str = "converted", *options: str) -> Cell:
         words = ("padd-convert", "--teacher", model_of(f"seed{seed}/teacher"), "--output", "{here}/model")
         data = ["--calibration", data_of(seed, "train"), "--seed", str(seed)]
@@ -117,6 +128,16 @@ class Plan:
     def warmed_up(self, seed: int, shape: str, name: str = "", start: str = "converted", *overrides: str) -> Cell:
         """PADD's student, or with a `name` of its own another one."""
         return self.trained_on_text(seed, shape, name or "warmed-up", start, *tuned(shape, "warmed-up"), *overrides)
+
+    def trained_on_responses(self, seed: int, shape: str) -> list[Cell]:
+        """The two students once more, from the teacher's own right responses."""
+        data = (f"data.source={{work}}/seed{seed}/responses/cache/responses.jsonl", "data.part=all")
+        students = {
+            "sft-responses": (*SFT, *tuned(shape, "sft")),
+            "warmed-up-responses": tuned(shape, "warmed-up"),
+        }
+        cells = [self.trained_on_text(seed, shape, name, "converted", *of, *data) for name, of in students.items()]
+        return [replace(cell, needs=(*cell.needs, f"seed{seed}/responses")) for cell in cells]
 
     def joint(self, seed: int, shape: str, name: str, method: Method, settings: tuple[str, ...] = ()) -> Cell:
         """`settings`: in place of the tuned ones."""
@@ -184,6 +205,8 @@ class Plan:
     def main_table(self, seed: int, shape: str) -> list[Cell]:
         """Teachers, students before joint training, the dense baseline, and all methods."""
         students = [self.converted(seed, shape), self.sft(seed, shape), self.warmed_up(seed, shape)]
+        if "padd-responses" in self.scale.methods:
+            students += [self.responses(seed), *self.trained_on_responses(seed, shape)]
         dense = []
         if self.scale.dense:
             dense_grpo = self.dense_grpo(seed, shape, "dense/grpo", tuned(shape, "dense-grpo"))

@@ -45,19 +45,19 @@ PHASES = ("seconds_rollout", "seconds_scoring", "seconds_update")
 
 def cell_result(cell: Cell, here: Path, *, commit: str, seconds: float) -> Result:
     """The result of a cell whose commands have all run in `here`."""
+    about = {
+        **{"cell": cell.name, **cell.facts, "commit": commit, "fingerprint": cell.fingerprint()},
+        **{"commands": [list(command) for command in cell.commands], "seconds": round(seconds, 1)},
+    }
+    if cell.facts["kind"] == "responses":
+        return about | recorded(here / "cache")
     evaluation = json.loads((here / "eval.json").read_text(encoding="utf-8"))
     headline, steps = evaluation["headline"], read_metrics(here / "run" / "metrics.jsonl")
     summary = f"Pass@1 {100 * headline['problems']['pass_at_1']:.1f}"
     if headline["samples"]:
         summary += f", sampled {100 * headline['samples']['pass_at_1']:.1f}"
-    return {
-        "cell": cell.name,
-        **cell.facts,
+    return about | {
         "summary": summary,
-        "commit": commit,
-        "fingerprint": cell.fingerprint(),
-        "commands": [list(command) for command in cell.commands],
-        "seconds": round(seconds, 1),
         "seconds_by_phase": {name: round(sum(step.get(name, 0.0) for step in steps), 1) for name in PHASES},
         "cost": model_cost(here / "model"),
         "headline": rounded(headline),
@@ -65,6 +65,13 @@ def cell_result(cell: Cell, here: Path, *, commit: str, seconds: float) -> Resul
         "sampled": counts_by_problem(evaluation),
         "curves": curves_of(steps),
     }
+
+
+def recorded(cache: Path) -> Result:
+    """What is kept of a teacher's responses: how many there are, and their checksum."""
+    facts = json.loads((cache / "cache.json").read_text(encoding="utf-8"))
+    headline = {"targets": facts["targets"], "sha256": facts["responses"]["sha256"]}
+    return {"summary": f"{facts['targets']} right", "headline": headline, "greedy": "", "sampled": "", "curves": {}}
 
 
 def curves_of(steps: list[dict[str, float]]) -> dict[str, list[float]]:

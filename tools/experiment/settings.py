@@ -61,6 +61,8 @@ class Task:
     """Options of every conversion."""
     evaluate: tuple[str, ...]
     """Options of every evaluation."""
+    record: tuple[str, ...] = ()
+    """Options under which the teacher writes its own responses."""
 
 
 _MAKE_SUMS = (
@@ -86,6 +88,10 @@ TASKS = {
             *("--pattern", r"#(-?\d+)$", "--answer-format", "pattern", "--template", "plain"),
             *("--subject-field", "subject", "--solution-field", "solution", "--max-new-tokens", "48"),
             *("--batch-size", "350", "--samples", "4"),
+        ),
+        record=(
+            *("--pattern", r"#(-?\d+)$", "--answer-format", "pattern", "--template", "plain"),
+            *("--subject-field", "subject", "--max-new-tokens", "48", "--batch-size", "350"),
         ),
     ),
     "smollm2": Task(
@@ -130,7 +136,10 @@ class Scale:
     part_seeds: tuple[int, ...] = (0, 1, 2)
     """Of ablations, Choices and other students, in the first shape."""
     shapes: tuple[str, ...] = ("quarter", "half", "three-quarters", "twice")
-    methods: tuple[str, ...] = ("vanilla-grpo", "gspo", "rspo", "online-kd", "padd")
+    methods: tuple[str, ...] = (
+        *("vanilla-grpo", "gspo", "rspo", "online-kd", "padd"),
+        *("vanilla-grpo-responses", "padd-responses"),
+    )
     dense: bool = True
     """Whether there is a dense model of the student's active size."""
     train_problems: int = 3000
@@ -168,6 +177,8 @@ SCALES = {
         part_seeds=(),
         searched=(),
         shapes=("half",),
+        # Its teacher answers nothing right.
+        methods=("vanilla-grpo", "gspo", "rspo", "online-kd", "padd"),
         train_problems=40,
         validation_problems=2,
         test_problems=2,
@@ -213,7 +224,10 @@ METHODS: dict[str, Method] = {
     "online-kd": Method(row="online-kd", overrides=(*GRPO, "distillation.temperature_rule=fixed")),
     "padd": Method(row="padd", overrides=("balance.load_rate=0.1",), start="warmed-up"),
 }
-"""The main table. The baselines have no Stage I b: their student has learnt from the same demonstrations alone."""
+METHODS["vanilla-grpo-responses"] = replace(METHODS["vanilla-grpo"], start="sft-responses")
+METHODS["padd-responses"] = replace(METHODS["padd"], start="warmed-up-responses")
+"""The main table. The baselines have no Stage I b: their student has learnt from the same demonstrations alone. In place
+of these, the last two have had the teacher's own right responses to the questions of part C."""
 
 PADD = METHODS["padd"]
 ABLATIONS: dict[str, Method] = {
@@ -296,7 +310,7 @@ def _taken(**candidates: int) -> dict[str, tuple[str, ...]]:
 
 TUNED: dict[str, dict[str, tuple[str, ...]]] = {
     "quarter": _taken(sft=1, warmed_up=2, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=1, padd=7),
-    "half": _taken(sft=0, warmed_up=4, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=1, padd=7),
+    "half": _taken(sft=0, warmed_up=4, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=6, padd=8),
     "smollm2": {
         "sft": ("optimizer.learning_rate=1e-4",),
         "warmed-up": ("optimizer.learning_rate=1e-4", "warmup.kd_weight=2"),
