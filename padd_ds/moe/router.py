@@ -39,7 +39,7 @@ class RoutingControl:
     mode: RoutingMode = "routed"
     """`routed`: the K best scores. `sample`: K distinct experts drawn uniformly, equal weights. `dense`: all."""
     noise: float = 0.0
-    """Standard deviation of normal noise on the selection, in spreads of the scores."""
+    """Standard deviation of normal noise on the selection, in spreads of the token's scores."""
     seed: int = 0
     """Draws and noise follow from it and the layer alone, so that activation checkpointing repeats them."""
     record: RoutingRecord | None = None
@@ -54,8 +54,8 @@ class RoutingControl:
 
 
 def score_spread(scores_SE: torch.Tensor) -> torch.Tensor:
-    """Scalar: standard deviation over experts, averaged over tokens (the unit of bias and noise)."""
-    return scores_SE.float().std(dim=-1, unbiased=False).mean()
+    """[S]: standard deviation over experts (the unit of noise; its mean over tokens is that of the bias)."""
+    return scores_SE.float().std(dim=-1, unbiased=False)
 
 
 def routing_weights(
@@ -138,7 +138,7 @@ class PaddRouter(nn.Module):
         choice_SE = scores_SE + self.e_score_correction_bias
         if control.noise > 0:
             noise_SE = torch.randn(scores_SE.shape, generator=generator, device=device)
-            choice_SE = choice_SE + control.noise * score_spread(scores_SE) * noise_SE
+            choice_SE = choice_SE + control.noise * score_spread(scores_SE)[:, None] * noise_SE
         selected_SK = choice_SE.topk(self.top_k, dim=-1, sorted=False).indices
         if control.replay is None:
             return selected_SK

@@ -37,6 +37,11 @@ class RolloutBatch:
     def attention_mask_BL(self) -> torch.Tensor:
         return torch.cat([self.prompt_mask_BT, self.response_mask_BR.long()], dim=1)
 
+    @property
+    def counted_mask_BL(self) -> torch.Tensor:
+        """The attention mask, without the responses of which nothing is learnt: those of dropped groups."""
+        return self.attention_mask_BL * self.response_mask_BR.any(dim=1, keepdim=True)
+
     def rows(self, index: torch.Tensor) -> "RolloutBatch":
         """The responses at `index`, cut to the longest prompt and response among them."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}

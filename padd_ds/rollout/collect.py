@@ -74,10 +74,12 @@ class Collector:
         group_size = self.options.group_size
         totals_PG = torch.tensor([reward.total for reward in rewards]).view(-1, group_size)
         advantage_B = group_advantages(totals_PG, scale=self.advantage_scale).flatten().to(self.device)
-        # A group without a usable gold answer is dropped: its responses keep no token to learn from.
-        usable_B = torch.tensor([reward.usable for reward in rewards], device=self.device)
+        # A group without a usable gold answer is dropped: its responses keep no token to learn from. All of it, since
+        # advantages compare its responses, and some of them may be judged without reading the gold answer.
+        usable_P = torch.tensor([reward.usable for reward in rewards]).view(-1, group_size).all(dim=1)
         if self.drop_flat_groups:
-            usable_B &= ~groups_without_spread(totals_PG).repeat_interleave(group_size).to(self.device)
+            usable_P &= ~groups_without_spread(totals_PG)
+        usable_B = usable_P.repeat_interleave(group_size).to(self.device)
         batch = RolloutBatch(
             prompt_ids_BT=ids_PT.repeat_interleave(group_size, dim=0),
             prompt_mask_BT=mask_PT.repeat_interleave(group_size, dim=0),

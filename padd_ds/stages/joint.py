@@ -85,7 +85,12 @@ class JointStage:
                 # The last update: at the first one the ratios are 1, and nothing has moved.
                 measured = self.config.measures_gradients(step) and update == len(updates) - 1
                 chosen = measured_micro_batch(self.config.seed, step, len(micro_batches)) if measured else None
-                self._update(micro_batches, step, chosen, sums, statistics)
+                own_statistics = self._update(micro_batches, step, chosen, sums, statistics)
+                if self.config.routing.replay == "off":
+                    self._rebalance(own_statistics)
+            if self.config.routing.replay != "off":
+                # Replayed choices do not answer to the bias before the next rollout: one step for all of them.
+                self._rebalance(statistics)
         updated_s = time.perf_counter()
         for name, (total, count) in rollout.metrics.items():
             sums.add(name, total, count)
@@ -198,8 +203,8 @@ class JointStage:
         measured: int | None,
         sums: MetricSums,
         step_statistics: RoutingStatistics,
-    ) -> None:
-        """One optimiser step on a share of the responses, then Stage IV.
+    ) -> RoutingStatistics:
+        """One optimiser step on a share of the responses; how they were routed.
 
         `measured`: the micro-batch whose terms' gradient norms are told, if any.
         """
@@ -222,8 +227,7 @@ class JointStage:
             if index == len(micro_batches) - 1 and any_rank(not finite, student.ranks):
                 raise TrainingDiverged(f"step {step}: the joint loss is not finite; lower optimizer.learning_rate")
             student.step()
-        if self.balance_options is not None:
-            self._rebalance(statistics, self.balance_options)
+        return statistics
 
     def _counts(self, batches: list[RolloutBatch]) -> Counts:
         """What the sums of an update are divided by. Collective."""
@@ -232,7 +236,7 @@ class JointStage:
                 [
                     batch.response_mask_BR.sum(),
                     loss_count(batch.response_mask_BR, self.policy_options),
-                    batch.attention_mask_BL.sum(),
+                    batch.counted_mask_BL.sum(),
                 ]
             )
             for batch in batches
@@ -270,7 +274,7 @@ class JointStage:
         if self._uses_aux_loss:
             aux_sum = self._aux_sum(batch, record)
             loss_terms["aux"] = config.balance.aux_weight * global_mean(aux_sum, counts.tokens, world)
-            sums.add("loss_aux", aux_sum.detach(), batch.attention_mask_BL.sum())
+            sums.add("loss_aux", aux_sum.detach(), batch.counted_mask_BL.sum())
         add_policy_metrics(sums, terms, loss_count(batch.response_mask_BR, self.policy_options))
         sums.add("loss_kd", kd_sum, terms.tokens)
         add_flips(sums, "router_flips", record, micro_batch.old.selected_SK, batch)
@@ -290,7 +294,7 @@ class JointStage:
 
     def _aux_sum(self, batch: RolloutBatch, record: RoutingRecord) -> torch.Tensor:
         """The auxiliary balancing loss, summed over real tokens, mean over layers; its gradient reaches the routers."""
-        mask_S = batch.attention_mask_BL.flatten()
+        mask_S = batch.counted_mask_BL.flatten()
         per_layer = [
             load_balance_sum(
                 router_distribution(record.scores_SE[layer], router.score_function), record.selected_SK[layer], mask_S
@@ -350,10 +354,12 @@ class JointStage:
         on_response_BL = torch.cat([torch.zeros_like(batch.prompt_mask_BT), batch.response_mask_BR.long()], dim=1)
         advantage_BL = batch.advantage_B[:, None].expand(on_response_BL.shape)
         for one in statistics:
-            one.add(record, batch.attention_mask_BL, advantage_BL, on_response_BL)
+            one.add(record, batch.counted_mask_BL, advantage_BL, on_response_BL)
 
-    def _rebalance(self, statistics: RoutingStatistics, options: BalanceOptions) -> None:
-        """Stage IV: the same new bias on every rank."""
+    def _rebalance(self, statistics: RoutingStatistics) -> None:
+        """Stage IV, where the run moves the bias: the same new one on every rank."""
+        if self.balance_options is None:
+            return
         totals = statistics.totals()
         self.balance = update_balance(
             self.balance,
@@ -361,7 +367,7 @@ class JointStage:
             totals.value_sum_LE,
             totals.value_count_LE,
             totals.spread_L,
-            options,
+            self.balance_options,
         )
         self._install(self.balance.bias_LE)
 

@@ -41,7 +41,7 @@ class RoutingTotals:
     below_LE: torch.Tensor
     """The same below 0."""
     spread_L: torch.Tensor
-    """Mean over forward passes of the layers' score spread."""
+    """Mean over real tokens of the layers' score spread."""
 
 
 @dataclass
@@ -57,15 +57,14 @@ class RoutingStatistics:
     entropy_sum_L: torch.Tensor
     spread_sum_L: torch.Tensor
     tokens: torch.Tensor
-    passes: torch.Tensor
 
     @classmethod
     def start(cls, student: Student) -> "RoutingStatistics":
         shape, device = (len(student.layers), student.n_experts), student.ranks.device
         per_expert = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(5)]
         per_layer = [torch.zeros(shape[0], dtype=torch.float64, device=device) for _ in range(2)]
-        scalars = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)]
-        return cls(student, *per_expert, *per_layer, *scalars)
+        parts = [*per_expert, *per_layer, torch.zeros((), dtype=torch.float64, device=device)]
+        return cls(student, *parts)
 
     @torch.no_grad()
     def add(
@@ -82,7 +81,7 @@ class RoutingStatistics:
             self.counts_LE[layer] += expert_counts(selected_SK, mask_S, n_experts)
             distribution_SE = router_distribution(scores_SE, router.score_function)
             self.entropy_sum_L[layer] += router_entropy_sum(distribution_SE, mask_S)
-            self.spread_sum_L[layer] += score_spread(scores_SE[mask_S])
+            self.spread_sum_L[layer] += score_spread(scores_SE[mask_S]).double().sum()
             if values_BT is not None and value_mask_BT is not None:
                 counted_S = value_mask_BT.flatten().bool()
                 values_S = values_BT.flatten()
@@ -91,13 +90,12 @@ class RoutingStatistics:
                 self.above_LE[layer] += expert_counts(selected_SK, counted_S & (values_S > 0), n_experts)
                 self.below_LE[layer] += expert_counts(selected_SK, counted_S & (values_S < 0), n_experts)
         self.tokens += mask_S.sum()
-        self.passes += 1
 
     def totals(self) -> RoutingTotals:
         """The sums of all ranks; the same on each. Collective."""
         per_expert = [self.counts_LE, self.value_sum_LE, self.value_count_LE, self.above_LE, self.below_LE]
         counts_LE, value_sum_LE, value_count_LE, above_LE, below_LE = sum_over_ranks(torch.stack(per_expert))
-        per_layer = sum_over_ranks(torch.cat([self.spread_sum_L, self.passes[None]]))
+        per_layer = sum_over_ranks(torch.cat([self.spread_sum_L, self.tokens[None]]))
         spread_L = per_layer[:-1] / per_layer[-1].clamp(min=1)
         return RoutingTotals(counts_LE, value_sum_LE, value_count_LE, above_LE, below_LE, spread_L)
 

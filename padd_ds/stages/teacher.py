@@ -3,7 +3,6 @@
 Legend: P prompts, G responses per prompt, B responses, T prompt tokens (left-padded), R response tokens, V vocabulary.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +36,14 @@ class TeacherOnPrompts:
     @torch.no_grad()
     def logits(self, batch: RolloutBatch, prompt_B: torch.Tensor) -> torch.Tensor:
         """[B, R, V]: logits that predict the tokens of these responses, which follow the prompts `prompt_B`."""
-        n_response = batch.response_ids_BR.shape[1]
-        mask_BL = torch.cat([self.mask_PT[prompt_B], batch.response_mask_BR[:, :-1].long()], dim=1)
-        cache = copy.deepcopy(self.cache)
-        cache.batch_select_indices(prompt_B)
+        n_response, mask_BT = batch.response_ids_BR.shape[1], self.mask_PT[prompt_B]
+        # As wide as the longest of these prompts, with one column at least in the cache.
+        n_prompt = max(int(mask_BT.sum(dim=1).max()), 2)
+        cache = DynamicCache()
+        layer: Any
+        for index, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys[prompt_B, :, 1 - n_prompt :], layer.values[prompt_B, :, 1 - n_prompt :], index)
+        mask_BL = torch.cat([mask_BT[:, -n_prompt:], batch.response_mask_BR[:, :-1].long()], dim=1)
         return self.teacher(
             input_ids=torch.cat([batch.prompt_ids_BT[:, -1:], batch.response_ids_BR[:, :-1]], dim=1),
             attention_mask=mask_BL,

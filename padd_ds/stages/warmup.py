@@ -19,6 +19,7 @@ from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import render
 from padd_ds.engine.ranks import any_rank, gather_over_group, sum_over_ranks
 from padd_ds.engine.student import Student
+from padd_ds.errors import OneRankError, UserError
 from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import distillation_sum, recorded_distillation_sum
 from padd_ds.losses.prior import expert_activation_sums, expert_prior
@@ -142,7 +143,12 @@ class WarmupStage:
         direction = self.config.warmup.kd_direction
         if self.cache is not None:
             mask_BR = batch["target_mask_BR"]
-            recorded = self.cache.batch(batch["input_ids_BT"].cpu(), batch["attention_mask_BT"].cpu(), mask_BR.cpu())
+            rows = (batch["input_ids_BT"].cpu(), batch["attention_mask_BT"].cpu(), mask_BR.cpu())
+            try:
+                recorded = self.cache.batch(*rows)
+            except UserError as error:
+                # Other ranks may have found theirs, and wait.
+                raise OneRankError(str(error)) from error
             top_ids_BRK, logprobs_BRQ = (part.to(logits_BRV.device) for part in recorded)
             return recorded_distillation_sum(logits_BRV, top_ids_BRK, logprobs_BRQ, mask_BR, direction=direction)
         with torch.no_grad():

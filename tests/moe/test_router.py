@@ -138,9 +138,21 @@ def test_softmax_scores_sum_to_one(x_SD: torch.Tensor) -> None:
     torch.testing.assert_close(record.scores_SE[0].sum(1), torch.ones(S))
 
 
-def test_spread_is_the_mean_deviation_over_experts() -> None:
+def test_spread_is_the_deviation_over_experts() -> None:
     scores_SE = torch.tensor([[0.0, 2.0], [1.0, 1.0]])
-    assert score_spread(scores_SE).item() == pytest.approx(0.5)
+    assert score_spread(scores_SE).tolist() == [1.0, 0.0]
+
+
+def test_noise_on_a_token_does_not_depend_on_its_neighbours(x_SD: torch.Tensor) -> None:
+    quiet_K, changed = make_router(RoutingControl())(x_SD)[1][0].sort().values, 0
+    for seed in range(20):
+        chosen = []
+        for factor in (1.0, 100.0):
+            other_SD = torch.cat([x_SD[:1], factor * x_SD[1:]])
+            chosen.append(make_router(RoutingControl(noise=2.0, seed=seed))(other_SD)[1][0].sort().values)
+        assert torch.equal(*chosen)
+        changed += not torch.equal(chosen[0], quiet_K)
+    assert changed > 0
 
 
 def test_an_empty_batch_of_tokens_works() -> None:

@@ -124,6 +124,16 @@ def test_a_group_without_a_usable_gold_answer_is_dropped() -> None:
     assert rollout.metrics["reward"] == (0, 0)
 
 
+def test_a_group_is_dropped_whole_where_only_some_responses_show_that_its_gold_answer_is_unusable() -> None:
+    def unparsable_but_equal(text: str, gold: str) -> Verdict:
+        return Verdict(correct=text == "1", status="ok" if text == "1" else "gold_unparsable", extracted=text)
+
+    rollout = collector(ScriptedEngine(["1", "2", "3", "4"]), ScriptedChecker(unparsable_but_equal)).collect(0)
+    assert not rollout.batch.response_mask_BR.any()
+    assert not rollout.batch.counted_mask_BL.any() and rollout.batch.attention_mask_BL.any()
+    assert rollout.metrics["gold_unparsable"] == (3, 4)
+
+
 def test_prompts_can_be_generated_in_smaller_batches() -> None:
     engine = ScriptedEngine(["1"] * 4)
     rollout = collector(engine, ScriptedChecker(right_if_equal), prompts=2, prompts_per_batch=1).collect(0)

@@ -170,6 +170,28 @@ def test_replay_routes_as_the_old_policy_did() -> None:
     assert replayed["metrics"]["router_shift"] > 0
 
 
+def test_replay_moves_the_bias_once_for_all_updates_of_a_rollout() -> None:
+    loss_free = {"balance": {"kind": "loss_free", "load_rate": 0.1}}
+    runs = [loss_free, loss_free | {"routing": RoutingConfig(replay="rollout")}]
+    free, replayed = run_ranks(one_step_each, 2, runs)[0]
+    assert 0 < replayed["bias"] == pytest.approx(free["bias"] / 2, rel=0.05)
+
+
+def spreads(ranks: Ranks) -> list[torch.Tensor]:
+    found = []
+    for size in (1, 2, 8):
+        config = joint_config(micro_batch_size=size, optimizer={"learning_rate": 1e-12})
+        stage = make_joint_stage(ranks, config, 1, FixedChecker(lambda text, gold: len(text) % 2 == 0))
+        found.append(torch.tensor(stage.step(0).routing["score_spread"]))
+    return found
+
+
+def test_the_unit_of_the_bias_does_not_depend_on_the_micro_batches() -> None:
+    one, *others = run_ranks(spreads, 1)[0]
+    for other in others:
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=0)
+
+
 def test_auxiliary_loss_moves_the_router_alone_and_the_other_kinds_the_bias() -> None:
     still = {"policy": {"weight": 0.0, "updates_per_rollout": 2}, "distillation": {"weight": 0.0}}
     runs = [still | {"balance": {"kind": kind}} for kind in ("aux_loss", "none", "loss_free", "reward_augmented")]
