@@ -226,8 +226,8 @@ METHODS: dict[str, Method] = {
 }
 METHODS["vanilla-grpo-responses"] = replace(METHODS["vanilla-grpo"], start="sft-responses")
 METHODS["padd-responses"] = replace(METHODS["padd"], start="warmed-up-responses")
-"""The main table. The baselines have no Stage I b: their student has learnt from the same demonstrations alone. The last
-two have had, in place of these, the teacher's own right responses to the questions of part C."""
+"""The main table. The baselines have no Stage I b: their student has learnt from the same demonstrations alone.
+The last two have had, in place of these, the teacher's own right responses to the questions of part C."""
 
 PADD = METHODS["padd"]
 ABLATIONS: dict[str, Method] = {
