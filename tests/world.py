@@ -9,6 +9,7 @@ from padd_ds.data.answers import AnswerFormat
 from padd_ds.data.problems import Problem
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
+from padd_ds.rollout.guidance import Guidance
 from padd_ds.rollout.verify import AnswerChecker
 from padd_ds.stages import build, joint
 from padd_ds.stages.build import accumulation_steps, make_collector, optimiser_steps
@@ -76,7 +77,9 @@ def make_student(ranks: Ranks, config: RunConfig, tree: dict[str, Any], trainabl
     )
 
 
-def make_joint_stage(ranks: Ranks, config: RunConfig, expert_parallel: int, checker: Any = None) -> JointStage:
+def make_joint_stage(
+    ranks: Ranks, config: RunConfig, expert_parallel: int, checker: Any = None, guidance: Guidance | None = None
+) -> JointStage:
     """The stage as build.py makes it, from parts in memory."""
     tokenizer = make_tokenizer()
     tree = deepspeed_tree(expert_parallel)
@@ -84,5 +87,5 @@ def make_joint_stage(ranks: Ranks, config: RunConfig, expert_parallel: int, chec
     teacher = make_tiny_model().eval().requires_grad_(False)
     reference = make_tiny_model(seed=1).eval().requires_grad_(False) if config.policy.kl_weight else None
     checker = checker or AnswerChecker(AnswerFormat(name="pattern", pattern=config.reward.answer_pattern))
-    collector = make_collector(config, student, tokenizer, problems(), checker)
+    collector = make_collector(config, student, tokenizer, problems(), checker, guidance)
     return build.make_joint_stage(config, student, teacher, reference, collector)

@@ -141,6 +141,9 @@ class RolloutConfig:
     """Run each prompt once and copy its cache to the G samples."""
     prompts_per_batch: Count | None = None
     """Prompts whose groups are generated together on one rank; default: all of the rank's."""
+    guidance: str | None = None
+    """Folder written by padd-cache with --responses. In a group without a right response, the last one gives way to one
+    of the teacher's right ones to that question, where there is one. Default: the student's own responses alone."""
 
 
 @section
@@ -167,6 +170,10 @@ class DistillationConfig:
 
     weight: NonNegative = 0.5
     """w_kd. 0 switches the teacher off."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """Choice: whether the weight stays, or falls linearly towards 0 at the last step."""
+    weighting: Literal["uniform", "failure"] = "uniform"
+    """Choice: all responses alike, or each by the share of wrong ones in its group: where the student is far off."""
     direction: Literal["forward", "reverse", "jsd"] = "forward"
     """Choice: KL(teacher || student), KL(student || teacher), or Jensen-Shannon."""
     temperature_rule: Literal["confident", "literal", "fixed"] = "confident"
@@ -182,6 +189,15 @@ class DistillationConfig:
     paths."""
     teacher_top_k: Count | None = None
     """Keep only the teacher's k most likely tokens and one bucket for the rest; default: all."""
+
+    @model_validator(mode="after")
+    def _floor_below_ceiling(self) -> "DistillationConfig":
+        if self.temperature_floor > self.temperature_ceiling:
+            raise ValueError(
+                f"temperature_floor {self.temperature_floor} is above temperature_ceiling {self.temperature_ceiling}; "
+                "lower the one or raise the other"
+            )
+        return self
 
 
 @section
@@ -345,6 +361,20 @@ class RunConfig:
                 "likelihoods are taken before it: set rollout.top_p=1, or policy.importance_cap=null"
             )
         return self
+
+    @model_validator(mode="after")
+    def _guidance_is_not_the_rollouts(self) -> "RunConfig":
+        if self.rollout.guidance is not None and self.policy.importance_cap is not None:
+            raise ValueError(
+                "policy.importance_cap needs the rollout's likelihoods, which responses of rollout.guidance have none "
+                "of: set one of them to null"
+            )
+        return self
+
+    def kd_weight_at(self, step: int) -> float:
+        """The weight of the distillation loss of joint training at a step."""
+        left = 1 - step / self.steps if self.distillation.schedule == "linear" else 1.0
+        return self.kd_weight * left
 
     @property
     def kd_weight(self) -> float:

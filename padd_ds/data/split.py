@@ -26,7 +26,7 @@ class Split:
     parts: dict[str, list[Problem]]
     """Every key of the fractions; each part in the order of the data."""
     duplicates: int
-    """Repeats of a question that were dropped."""
+    """Repeats that were dropped."""
 
 
 def normalise_question(question: str) -> str:
@@ -54,21 +54,27 @@ def part_of(question: str, fractions: Mapping[str, float]) -> str:
     return last  # rounding left a gap below 1
 
 
-def split_problems(problems: Iterable[Problem], fractions: Mapping[str, float] = DEFAULT_FRACTIONS) -> Split:
+def split_problems(
+    problems: Iterable[Problem],
+    fractions: Mapping[str, float] = DEFAULT_FRACTIONS,
+    *,
+    every_solution: bool = False,
+) -> Split:
     """Each distinct question in its part, the first of several equal ones kept.
 
-    UserError unless the fractions are >= 0 and add up to 1.
+    With `every_solution` a question stays once for each of its solutions. UserError unless the fractions are >= 0 and
+    add up to 1.
     """
     check_fractions(fractions)
     parts: dict[str, list[Problem]] = {part: [] for part in fractions}
-    seen: set[str] = set()
+    seen: set[tuple[str, str | None]] = set()
     duplicates = 0
     for problem in problems:
-        normalised = normalise_question(problem.question)
-        if normalised in seen:
+        key = (normalise_question(problem.question), problem.solution if every_solution else None)
+        if key in seen:
             duplicates += 1
             continue
-        seen.add(normalised)
+        seen.add(key)
         parts[part_of(problem.question, fractions)].append(problem)
     return Split(parts=parts, duplicates=duplicates)
 

@@ -50,9 +50,12 @@ def distillation_sum(
     *,
     direction: str = "forward",
     teacher_top_k: int | None = None,
+    weight_B: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
     """Divergence of the student from the tempered teacher, summed over unmasked tokens, nats, scalar.
+
+    With `weight_B` a sum weighted by response.
 
     p = softmax(teacher / temperature), q = softmax(student); only the teacher is tempered (Stage II). The
     teacher and the temperature get no gradient. Choice: direction `forward` is KL(p || q), `reverse` is
@@ -65,19 +68,23 @@ def distillation_sum(
         raise ValueError(f"student and teacher logits differ in shape: {shapes}")
     divergence = DIVERGENCES[direction]
 
-    def chunk_sum(student_CV: Tensor, teacher_CV: Tensor, mask_C: Tensor, temperature_C: Tensor) -> Tensor:
+    def chunk_sum(
+        student_CV: Tensor, teacher_CV: Tensor, mask_C: Tensor, temperature_C: Tensor, weight_C: Tensor
+    ) -> Tensor:
         log_q_RQ = _log_softmax(student_CV[mask_C])
         log_p_RQ = _log_softmax(teacher_CV[mask_C], temperature_C[mask_C])
         if teacher_top_k is not None:
             top_RK = log_p_RQ.topk(min(teacher_top_k, log_p_RQ.shape[-1])).indices
             log_p_RQ, log_q_RQ = _with_tail(log_p_RQ, top_RK), _with_tail(log_q_RQ, top_RK)
-        return divergence(log_p_RQ, log_q_RQ)
+        return (divergence(log_p_RQ, log_q_RQ) * weight_C[mask_C]).sum()
 
+    if weight_B is None:
+        weight_B = torch.ones_like(temperature_B)
     flat = (
         student_logits_BTV.flatten(0, 1),
         teacher_logits_BTV.detach().flatten(0, 1),
         mask_BT.bool().flatten(),
-        temperature_B.detach()[:, None].expand(mask_BT.shape).flatten(),
+        *(of_B.detach()[:, None].expand(mask_BT.shape).flatten() for of_B in (temperature_B, weight_B)),
     )
     return torch.stack(map_token_chunks(chunk_sum, *flat, chunk_tokens=chunk_tokens)).sum()
 
@@ -99,7 +106,7 @@ def recorded_distillation_sum(
 
     def chunk_sum(student_CV: Tensor, top_ids_CK: Tensor, logprobs_CQ: Tensor, mask_C: Tensor) -> Tensor:
         log_q_RQ = _with_tail(_log_softmax(student_CV[mask_C]), top_ids_CK[mask_C])
-        return divergence(logprobs_CQ[mask_C].to(log_q_RQ.dtype), log_q_RQ)
+        return divergence(logprobs_CQ[mask_C].to(log_q_RQ.dtype), log_q_RQ).sum()
 
     flat = (
         student_logits_BTV.flatten(0, 1),
@@ -134,17 +141,19 @@ def _with_tail(log_p_RV: Tensor, top_RK: Tensor) -> Tensor:
     return torch.cat([log_p_RV.gather(-1, top_RK), tail_R1], dim=-1)
 
 
-def _kl_sum(log_p_RQ: Tensor, log_q_RQ: Tensor) -> Tensor:
-    return (log_p_RQ.exp() * (log_p_RQ - log_q_RQ)).sum()
+def _kl(log_p_RQ: Tensor, log_q_RQ: Tensor) -> Tensor:
+    """[R]"""
+    return (log_p_RQ.exp() * (log_p_RQ - log_q_RQ)).sum(-1)
 
 
-def _jsd_sum(log_p_RQ: Tensor, log_q_RQ: Tensor) -> Tensor:
+def _jsd(log_p_RQ: Tensor, log_q_RQ: Tensor) -> Tensor:
+    """[R]"""
     log_m_RQ = torch.logaddexp(log_p_RQ, log_q_RQ) - math.log(2)
-    return 0.5 * (_kl_sum(log_p_RQ, log_m_RQ) + _kl_sum(log_q_RQ, log_m_RQ))
+    return 0.5 * (_kl(log_p_RQ, log_m_RQ) + _kl(log_q_RQ, log_m_RQ))
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "forward": _kl_sum,
-    "reverse": lambda log_p_RQ, log_q_RQ: _kl_sum(log_q_RQ, log_p_RQ),
-    "jsd": _jsd_sum,
+    "forward": _kl,
+    "reverse": lambda log_p_RQ, log_q_RQ: _kl(log_q_RQ, log_p_RQ),
+    "jsd": _jsd,
 }

@@ -157,11 +157,13 @@ def _shift_distribution(run: RunData, key: str) -> str:
     records = [record for record in run.routing if "router_shift_counts" in record]
     chosen = records if len(records) == 1 else [records[0], records[-1]]
     names = legend([(f"step {record['step']}", "") for record in chosen])
-    counts = [record["router_shift_counts"] for record in chosen]
+    counts = [np.sum(record["router_shift_counts"], axis=0).tolist() for record in chosen]
     title = "Distribution of the router shift"
     svg = distribution(title, f"{key}/shift", chosen[0]["router_shift_edges"], counts, "Γ")
-    caption = "Share of response tokens whose shift is below Γ. Good: the right end does not move to the right."
-    return figure(title, "share of tokens", names, svg, caption)
+    caption = (
+        "Share of response tokens and layers whose shift is below Γ. Good: the right end does not move to the right."
+    )
+    return figure(title, "share of tokens, all layers", names, svg, caption)
 
 
 def _at(record: Mapping) -> str:

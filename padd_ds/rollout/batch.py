@@ -19,6 +19,8 @@ class RolloutBatch:
     response_mask_BR: torch.Tensor
     """1 on the response's own tokens, the end token included; bool."""
     advantage_B: torch.Tensor
+    failure_B: torch.Tensor
+    """Share of wrong responses among what the student itself answered to the prompt."""
     rollout_logprobs_BR: torch.Tensor | None = None
     """Log-probabilities of the response's tokens as the rollout computed them; None where nobody asked."""
     routes_BLNK: torch.Tensor | None = None

@@ -15,6 +15,7 @@ from padd_ds.data.prompts import PromptTemplate, render
 from padd_ds.losses.advantage import group_advantages, groups_without_spread
 from padd_ds.rollout.batch import RolloutBatch
 from padd_ds.rollout.generation import Responses, RolloutEngine, Sampling, generate_in_batches
+from padd_ds.rollout.guidance import Guidance, with_responses
 from padd_ds.rollout.rewards import Reward, RewardOptions, score_responses
 from padd_ds.rollout.verify import AnswerChecker
 from padd_ds.seeds import derive_seed
@@ -49,6 +50,8 @@ class Collector:
     """`std` or `none`, see `group_advantages`."""
     drop_flat_groups: bool = False
     """Whether responses of a group without spread keep no token to learn from."""
+    guidance: Guidance | None = None
+    """The teacher's right responses, for groups that have none."""
     seed: int
     rank: int
     world: int
@@ -69,9 +72,13 @@ class Collector:
         responses = self._generate(ids_PT, mask_PT)
         texts = self._decode(responses)
         golds = [problem.answer for problem in problems for _ in range(self.options.group_size)]
-        ended = responses.ended_B.tolist()
-        rewards = score_responses(texts, golds, ended, self.checker, self.reward_options)
+        rewards = self._score(texts, golds, responses.ended_B.tolist())
         group_size = self.options.group_size
+        samples, metrics = _samples(problems, texts, rewards, group_size), _metrics(rewards, responses, group_size)
+        failure_P = 1 - torch.tensor([reward.correct for reward in rewards]).view(-1, group_size).mean(dim=1)
+        if self.guidance is not None:
+            responses, rewards, guided = self._guided(step, problems, responses, rewards)
+            metrics["groups_guided"] = (float(guided), len(problems))
         totals_PG = torch.tensor([reward.total for reward in rewards]).view(-1, group_size)
         advantage_B = group_advantages(totals_PG, scale=self.advantage_scale).flatten().to(self.device)
         # A group without a usable gold answer is dropped: its responses keep no token to learn from. All of it, since
@@ -86,11 +93,42 @@ class Collector:
             response_ids_BR=responses.ids_BR,
             response_mask_BR=responses.mask_BR & usable_B[:, None],
             advantage_B=advantage_B,
+            failure_B=failure_P.repeat_interleave(group_size).to(self.device),
             rollout_logprobs_BR=responses.logprobs_BR,
             routes_BLNK=responses.routes_BLNK,
         )
-        samples = _samples(problems, texts, rewards, advantage_B, group_size)
-        return Rollout(batch=batch, metrics=_metrics(rewards, responses, group_size), samples=samples)
+        for index, sample in enumerate(samples):
+            sample["advantage"] = float(advantage_B[index])
+        return Rollout(batch=batch, metrics=metrics, samples=samples)
+
+    def _score(self, texts: list[str], golds: list[str], ended: list[bool]) -> list[Reward]:
+        return score_responses(texts, golds, ended, self.checker, self.reward_options)
+
+    def _guided(
+        self, step: int, problems: list[Problem], responses: Responses, rewards: list[Reward]
+    ) -> tuple[Responses, list[Reward], int]:
+        """With a right response of the teacher in the last place of every group that has no right one.
+
+        It is judged as any other; one that is wrong here, or too long, is not taken. Also: how many were.
+        """
+        assert self.guidance is not None
+        group_size, draw = self.options.group_size, derive_seed(self.seed, step, self.rank)
+        found: dict[int, tuple[str, str, list[int]]] = {}
+        for index, problem in enumerate(problems):
+            own = rewards[index * group_size : (index + 1) * group_size]
+            text = self.guidance.response(problem.question, draw)
+            if text is None or any(reward.correct for reward in own):
+                continue
+            ids = [*self.tokenizer(text, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+            if len(ids) <= self.options.max_new_tokens:
+                found[(index + 1) * group_size - 1] = (text, problem.answer, ids)
+        judged = self._score(
+            [text for text, _, _ in found.values()], [gold for _, gold, _ in found.values()], [True] * len(found)
+        )
+        taken = {row: reward for row, reward in zip(found, judged, strict=True) if reward.correct}
+        rows = {row: found[row][2] for row in taken}
+        rewards = [taken.get(row, reward) for row, reward in enumerate(rewards)]
+        return with_responses(responses, rows, self.tokenizer.pad_token_id), rewards, len(rows)
 
     def _generate(self, ids_PT: torch.Tensor, mask_PT: torch.Tensor) -> Responses:
         options = self.options
@@ -135,7 +173,6 @@ def _samples(
     problems: list[Problem],
     texts: list[str],
     rewards: list[Reward],
-    advantage_B: torch.Tensor,
     group_size: int,
 ) -> list[dict[str, Any]]:
     return [
@@ -145,7 +182,6 @@ def _samples(
             "response": texts[index],
             "reward": rewards[index].total,
             "status": rewards[index].status,
-            "advantage": float(advantage_B[index]),
         }
         for index in range(min(SAMPLES_KEPT, len(texts)))
     ]

@@ -179,24 +179,29 @@ def generate_in_batches(
     chunks = zip(ids_PT.split(prompts_per_batch), mask_PT.split(prompts_per_batch), strict=True)
     parts = [generate(ids, mask) for ids, mask in chunks]
     width = max(part.ids_BR.shape[1] for part in parts)
+    wide = [widened(part, width, pad_token_id) for part in parts]
 
-    def widened(tensor_BR: torch.Tensor, value: int) -> torch.Tensor:
-        return torch.nn.functional.pad(tensor_BR, (0, width - tensor_BR.shape[1]), value=value)
+    def joined(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+        return None if tensors[0] is None else torch.cat(tensors)  # type: ignore[arg-type]
 
-    def widened_routes(part: Responses) -> torch.Tensor:
-        assert part.routes_BLNK is not None
-        missing = width - part.ids_BR.shape[1]
-        return torch.nn.functional.pad(part.routes_BLNK, (0, 0, 0, 0, 0, missing), value=-1)
-
-    def widened_logprobs(part: Responses) -> torch.Tensor:
-        assert part.logprobs_BR is not None
-        return widened(part.logprobs_BR, 0)
-
-    traced = parts[0].routes_BLNK is not None
     return Responses(
-        ids_BR=torch.cat([widened(part.ids_BR, pad_token_id) for part in parts]),
-        mask_BR=torch.cat([widened(part.mask_BR, 0) for part in parts]),
-        ended_B=torch.cat([part.ended_B for part in parts]),
-        logprobs_BR=torch.cat([widened_logprobs(part) for part in parts]) if parts[0].logprobs_BR is not None else None,
-        routes_BLNK=torch.cat([widened_routes(part) for part in parts]) if traced else None,
+        ids_BR=torch.cat([part.ids_BR for part in wide]),
+        mask_BR=torch.cat([part.mask_BR for part in wide]),
+        ended_B=torch.cat([part.ended_B for part in wide]),
+        logprobs_BR=joined([part.logprobs_BR for part in wide]),
+        routes_BLNK=joined([part.routes_BLNK for part in wide]),
+    )
+
+
+def widened(responses: Responses, width: int, pad_token_id: int) -> Responses:
+    """The same with room for `width` response tokens, at least as many as there are."""
+    missing = width - responses.ids_BR.shape[1]
+    logprobs_BR, routes_BLNK = responses.logprobs_BR, responses.routes_BLNK
+    pad = torch.nn.functional.pad
+    return replace(
+        responses,
+        ids_BR=pad(responses.ids_BR, (0, missing), value=pad_token_id),
+        mask_BR=pad(responses.mask_BR, (0, missing), value=0),
+        logprobs_BR=None if logprobs_BR is None else pad(logprobs_BR, (0, missing), value=0),
+        routes_BLNK=None if routes_BLNK is None else pad(routes_BLNK, (0, 0, 0, 0, 0, missing), value=-1),
     )

@@ -26,6 +26,7 @@ from padd_ds.moe.balance import BalanceOptions
 from padd_ds.offline.cache import TeacherCache
 from padd_ds.rollout.collect import Collector
 from padd_ds.rollout.generation import HuggingFaceRollout
+from padd_ds.rollout.guidance import Guidance
 from padd_ds.rollout.rewards import RewardOptions
 from padd_ds.rollout.verify import AnswerChecker
 from padd_ds.stages import joint, warmup
@@ -53,6 +54,7 @@ class Inputs:
     data: TrainingData
     targets: ConversionTargets | None
     cache: TeacherCache | None
+    guidance: Guidance | None
 
 
 def read_inputs(config: RunConfig, world_size: int) -> Inputs:
@@ -90,6 +92,7 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         data=data,
         targets=_targets(config, student),
         cache=_teacher_cache(config, student.vocab_size),
+        guidance=_guidance(config),
     )
 
 
@@ -147,6 +150,13 @@ def _teacher_cache(config: RunConfig, vocabulary: int) -> TeacherCache | None:
         raise UserError(f"{cache.folder}: recorded with --top-k 0, so without likelihoods; set warmup.kd_weight=0")
     check_vocabularies(f"warmup.teacher_cache {cache.folder}", cache.facts["vocabulary"], vocabulary)
     return cache
+
+
+def _guidance(config: RunConfig) -> Guidance | None:
+    """The teacher's recorded responses where the rollout takes them in."""
+    if not config.has_rollouts or config.rollout.guidance is None:
+        return None
+    return Guidance.open(Path(config.rollout.guidance))
 
 
 def _student(inputs: Inputs, ranks: Ranks) -> Student:
@@ -234,12 +244,17 @@ def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointS
     answer_format, _ = reward_rules(config)
     checker = AnswerChecker(answer_format, workers=config.reward.workers, timeout_s=config.reward.timeout_s)
     reference = load_reference(config, inputs.dtype, student.ranks.device)
-    collector = make_collector(config, student, inputs.tokenizer, inputs.data.problems, checker)
+    collector = make_collector(config, student, inputs.tokenizer, inputs.data.problems, checker, inputs.guidance)
     return make_joint_stage(config, student, teacher, reference, collector)
 
 
 def make_collector(
-    config: RunConfig, student: Student, tokenizer: Any, problems: list[Problem], checker: AnswerChecker
+    config: RunConfig,
+    student: Student,
+    tokenizer: Any,
+    problems: list[Problem],
+    checker: AnswerChecker,
+    guidance: Guidance | None = None,
 ) -> Collector:
     """What draws, checks and weighs the responses of this rank."""
     ranks = student.ranks
@@ -261,6 +276,7 @@ def make_collector(
         max_prompt_tokens=config.data.max_prompt_tokens,
         advantage_scale=config.policy.advantage_scale or ("none" if config.policy.objective == "dr_grpo" else "std"),
         drop_flat_groups=config.policy.drop_flat_groups,
+        guidance=guidance,
         seed=config.seed,
         rank=ranks.rank,
         world=ranks.world,

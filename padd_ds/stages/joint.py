@@ -1,7 +1,7 @@
 """Stages II-IV: one step of joint training, from rollout to rebalanced router; for a dense model, plain GRPO.
 
 Legend: P prompts, G responses per prompt, B responses, T prompt tokens, R response tokens, L = T + R tokens,
-S = B * L tokens of a layer, N MoE layers, E experts, V vocabulary.
+S = B * L tokens of a layer, N MoE layers, E experts, V vocabulary, C counts of a histogram.
 """
 
 import math
@@ -64,7 +64,8 @@ class JointStage:
 
     def __post_init__(self) -> None:
         self.balance = BalanceState.start(self._biases())
-        self._shift_counts = torch.zeros(len(SHIFT_EDGES) + 1, dtype=torch.int64, device=self.student.ranks.device)
+        shape = (len(self.student.layers), len(SHIFT_EDGES) + 1)
+        self._shift_counts_LC = torch.zeros(shape, dtype=torch.int64, device=self.student.ranks.device)
 
     def as_stage(self) -> Stage:
         return Stage(student=self.student, step=self.step, state=self.state, load_state=self.load_state)
@@ -77,7 +78,7 @@ class JointStage:
         collected_s = time.perf_counter()
         self.student.engine.train()
         sums, statistics = MetricSums(), RoutingStatistics.start(self.student)
-        self._shift_counts.zero_()
+        self._shift_counts_LC.zero_()
         with self.student.routing("routed", noise=self.config.routing.noise):
             updates = self._score(rollout.batch, step, sums)
             scored_s = time.perf_counter()
@@ -108,7 +109,7 @@ class JointStage:
         if self.student.layers:
             layers["advantage_ema"] = self.balance.ema_LE.tolist()
             layers["router_shift_edges"] = SHIFT_EDGES
-            layers["router_shift_counts"] = sum_over_ranks(self._shift_counts).tolist()
+            layers["router_shift_counts"] = sum_over_ranks(self._shift_counts_LC).tolist()
         return StepReport(metrics=metrics, routing=layers, samples=rollout.samples)
 
     def _throughput(self, rollout: Rollout, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -133,7 +134,8 @@ class JointStage:
         order_B = torch.randperm(batch.n_responses, generator=generator).to(ranks.device)
         lengths_B = batch.attention_mask_BL.sum(dim=1)
         group_size = config.rollout.group_size
-        teacher = TeacherOnPrompts.read(self.teacher, batch, group_size) if config.kd_weight > 0 else None
+        kd_weight = config.kd_weight_at(step)
+        teacher = TeacherOnPrompts.read(self.teacher, batch, group_size) if kd_weight > 0 else None
 
         def scored(rows: torch.Tensor, routing_seed: int) -> MicroBatch:
             chosen = batch.rows(rows)
@@ -141,6 +143,7 @@ class JointStage:
                 batch=chosen,
                 prompt_B=rows // group_size,
                 teacher=teacher,
+                kd_weight=kd_weight,
                 routing_seed=routing_seed,
                 old=self._old_policy(chosen, routing_seed, sums),
             )
@@ -218,8 +221,8 @@ class JointStage:
                 if index == measured:
                     terms, *_ = self._loss_terms(student.model, micro_batch, counts, MetricSums())
                     add_gradient_norms(terms, student, sums)
-                terms, record, shift_BR = self._loss_terms(student.engine, micro_batch, counts, sums)
-                self._shift_counts += shift_counts(shift_BR.flatten(), micro_batch.batch.response_mask_BR.flatten())
+                terms, record, shift_NBR = self._loss_terms(student.engine, micro_batch, counts, sums)
+                self._count_shifts(shift_NBR, micro_batch.batch.response_mask_BR)
                 self._count_routing(micro_batch.batch, record, (statistics, step_statistics))
                 loss = torch.stack(list(terms.values())).sum()
                 student.backward(loss)
@@ -246,19 +249,20 @@ class JointStage:
     def _loss_terms(
         self, model: Any, micro_batch: MicroBatch, counts: Counts, sums: MetricSums
     ) -> tuple[dict[str, torch.Tensor], RoutingRecord, torch.Tensor]:
-        """The weighted terms of the loss, what the routers did, and their shift [B, R].
+        """The weighted terms of the loss, what the routers did, and their shift [N, B, R].
 
         `model`: the engine, or the model in it.
         """
         batch, config, world = micro_batch.batch, self.config, self.student.ranks.world
         logprobs_BR, logits_BRV, record = self._forward(model, batch, micro_batch.routing_seed)
-        shift_BR = self._shift(micro_batch, record, sums)
+        shift_NBR = self._shift(micro_batch, record, sums)
         terms = POLICY_LOSSES[config.policy.objective](
             logprobs_BR,
             micro_batch.old.logprobs_BR,
             self._advantages(micro_batch, sums),
             batch.response_mask_BR,
-            shift_BR,
+            # Choice: one Gamma per token, the mean over layers; 0 in a dense model.
+            shift_NBR.sum(dim=0) / max(len(shift_NBR), 1),
             self.policy_options,
         )
         loss_terms = {"policy": config.policy.weight * global_mean(terms.loss_sum, counts.policy, world)}
@@ -270,7 +274,7 @@ class JointStage:
         kd_sum = torch.zeros((), device=logits_BRV.device)
         if micro_batch.teacher is not None:
             kd_sum = self._kd_sum(batch, logits_BRV, micro_batch.teacher.logits(batch, micro_batch.prompt_B), sums)
-            loss_terms["kd"] = config.kd_weight * global_mean(kd_sum, counts.response_tokens, world)
+            loss_terms["kd"] = micro_batch.kd_weight * global_mean(kd_sum, counts.response_tokens, world)
         if self._uses_aux_loss:
             aux_sum = self._aux_sum(batch, record)
             loss_terms["aux"] = config.balance.aux_weight * global_mean(aux_sum, counts.tokens, world)
@@ -278,7 +282,7 @@ class JointStage:
         add_policy_metrics(sums, terms, loss_count(batch.response_mask_BR, self.policy_options))
         sums.add("loss_kd", kd_sum, terms.tokens)
         add_flips(sums, "router_flips", record, micro_batch.old.selected_SK, batch)
-        return loss_terms, record, shift_BR
+        return loss_terms, record, shift_NBR
 
     def _advantages(self, micro_batch: MicroBatch, sums: MetricSums) -> torch.Tensor:
         """[B], or [B, R] where tokens are weighted for the rollout's own distribution."""
@@ -304,7 +308,7 @@ class JointStage:
         return torch.stack(per_layer).mean()
 
     def _shift(self, micro_batch: MicroBatch, record: RoutingRecord, sums: MetricSums) -> torch.Tensor:
-        """Gamma [B, R]: at the positions that predict each token, averaged over layers (Choice)."""
+        """Gamma [N, B, R] by layer, at the positions that predict each token."""
         batch, old = micro_batch.batch, micro_batch.old
         n_responses, n_response = batch.response_ids_BR.shape
         policy = self.config.policy
@@ -318,11 +322,16 @@ class JointStage:
             return response_positions(shift_S.view(n_responses, -1), n_response)
 
         if not self.student.layers:
-            return torch.zeros_like(batch.response_mask_BR, dtype=torch.float32)
+            return torch.zeros(0, n_responses, n_response, device=batch.response_mask_BR.device)
         shift_NBR = torch.stack([layer_shift(layer) for layer in range(len(self.student.layers))])
         totals_N = (shift_NBR * batch.response_mask_BR).sum(dim=(1, 2))
         sums.add_layers("router_shift", totals_N, batch.response_mask_BR.sum())
-        return shift_NBR.mean(dim=0)
+        return shift_NBR
+
+    def _count_shifts(self, shift_NBR: torch.Tensor, mask_BR: torch.Tensor) -> None:
+        """Add the response tokens to the distribution of Gamma, by layer."""
+        for layer, shift_BR in enumerate(shift_NBR):
+            self._shift_counts_LC[layer] += shift_counts(shift_BR.flatten(), mask_BR.flatten())
 
     def _kd_sum(
         self, batch: RolloutBatch, logits_BRV: torch.Tensor, teacher_BRV: torch.Tensor, sums: MetricSums
@@ -337,7 +346,8 @@ class JointStage:
             floor=options.temperature_floor,
             ceiling=options.temperature_ceiling,
         )
-        sums.add("distillation_temperature", temperature_B.sum(), len(temperature_B))
+        learnt_B = batch.response_mask_BR.any(dim=1)
+        sums.add("distillation_temperature", (temperature_B * learnt_B).sum(), learnt_B.sum())
         return distillation_sum(
             logits_BRV,
             teacher_BRV,
@@ -345,6 +355,7 @@ class JointStage:
             temperature_B,
             direction=options.direction,
             teacher_top_k=options.teacher_top_k,
+            weight_B=batch.failure_B if options.weighting == "failure" else None,
         )
 
     def _count_routing(

@@ -18,13 +18,13 @@ LAYER_MEANS = ("router_shift", "router_flips", "router_flips_rollout")
 def add_flips(
     sums: MetricSums, name: str, record: RoutingRecord, other: list[torch.Tensor], batch: RolloutBatch
 ) -> None:
-    """How many of the chosen experts are not among those of `other`, one [S, K] per layer, over real tokens.
+    """How many of the chosen experts are not among those of `other`, one [S, K] per layer, over counted tokens.
 
     A token that `other` has not routed (negative) does not count.
     """
     if not other:
         return
-    mask_S = batch.attention_mask_BL.flatten().bool() & (other[0][:, 0] >= 0)
+    mask_S = batch.counted_mask_BL.flatten().bool() & (other[0][:, 0] >= 0)
     flips = [choice_flips(record.selected_SK[layer], other_SK, mask_S) for layer, other_SK in enumerate(other)]
     sums.add_layers(name, torch.stack(flips), mask_S.sum() * other[0].shape[1])
 

@@ -38,7 +38,8 @@ def read_training_data(config: RunConfig, tokenizer: Any) -> TrainingData:
     check_responses(data.source)
     problems = map_rows(read_rows(data.source, data.split), field_map(data))
     kept, dropped = decontaminate(problems, _benchmark_questions(data))
-    split = split_problems(kept, data.part_fractions)
+    # A prompt is drawn once; a target is learnt as often as it has other words, such as a teacher's several responses.
+    split = split_problems(kept, data.part_fractions, every_solution=config.stage == "warmup")
     part = config.data_part
     chosen = [p for problems in split.parts.values() for p in problems] if part == "all" else split.parts[part]
     template = prompt_template(data)

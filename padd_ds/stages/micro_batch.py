@@ -32,6 +32,8 @@ class MicroBatch:
     """Number of each response's prompt among those of the rank's rollout."""
     teacher: TeacherOnPrompts | None
     """None where there is no distillation."""
+    kd_weight: float
+    """Of the distillation loss at this step."""
     routing_seed: int
     old: OldPolicy
 

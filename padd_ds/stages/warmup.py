@@ -6,6 +6,7 @@ Legend: B sequences, T tokens, R tokens of the longest target, S tokens of a lay
 D model width, V vocabulary.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ class WarmupStage:
 
     def step(self, step: int) -> StepReport:
         """One optimiser step: L_LM + alpha L_KD + beta L_init (PADD, warm-up)."""
-        config, student = self.config, self.student
+        config, student, started_s = self.config, self.student, time.perf_counter()
         student.engine.train()
         micro_batches = self._micro_batches(step)
         n_tokens = sum_over_ranks(torch.stack([batch["target_mask_BR"].sum() for batch in micro_batches]).sum())
@@ -83,6 +84,9 @@ class WarmupStage:
                 raise TrainingDiverged(f"step {step}: the warm-up loss is not finite; lower optimizer.learning_rate")
             student.step()
         metrics = sums.means(student.ranks) | {"tokens": float(n_tokens)} | student.optimiser_metrics()
+        n_real = sum_over_ranks(torch.stack([batch["attention_mask_BT"].sum() for batch in micro_batches]).sum())
+        metrics["seconds_update"] = time.perf_counter() - started_s
+        metrics["tokens_per_second_update"] = float(n_real) / metrics["seconds_update"]
         routing = statistics.report()
         return StepReport(metrics=metrics | routing.scalars, routing=routing.layers)
 

@@ -288,3 +288,18 @@ def test_no_float32_tensor_exceeds_a_chunk_forward_or_backward(direction, top_k)
         total.backward()
     assert student_BTV.grad.abs().sum() > 0
     assert chunk_tokens < largest.elements <= chunk_tokens * vocabulary
+
+
+@pytest.mark.parametrize("direction", DIVERGENCES)
+def test_responses_count_by_their_weight(student_BTV, teacher_BTV, mask_BT, temperature_B, direction):
+    weight_B = torch.tensor([0.25, 2.0])
+    apart = [
+        distillation_sum(
+            *(x[b : b + 1] for x in (student_BTV, teacher_BTV, mask_BT, temperature_B)), direction=direction
+        )
+        for b in range(B)
+    ]
+    got = distillation_sum(
+        student_BTV, teacher_BTV, mask_BT, temperature_B, direction=direction, weight_B=weight_B, chunk_tokens=3
+    )
+    torch.testing.assert_close(got, 0.25 * apart[0] + 2.0 * apart[1])

@@ -39,7 +39,7 @@ def routing(step: int) -> dict[str, Any]:
         "router_flips": [0.1] * LAYERS,
         "router_flips_rollout": [0.05] * LAYERS,
         "router_shift_edges": [1e-4, 1e-3, 1e-2],
-        "router_shift_counts": [10, 30, 50, 10],
+        "router_shift_counts": [[10, 30, 50, 10]] * LAYERS,
     }
 
 

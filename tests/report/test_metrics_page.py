@@ -9,6 +9,7 @@ import pytest
 
 from padd_ds.config.schema import LogConfig
 from padd_ds.engine.ranks import Ranks
+from padd_ds.rollout.guidance import Guidance
 from padd_ds.stages.stage import StepReport
 from tests.ranks import run_ranks
 from tests.stages.test_warmup import make_warmup, warmup_config
@@ -35,7 +36,10 @@ def all_names(ranks: Ranks) -> list[dict[str, list[str]]]:
     policy = {"updates_per_rollout": 2, "kl_weight": 0.1, "importance_cap": 2.0}
     runs: list[dict[str, Any]] = [{"policy": policy}, {"balance": {"kind": "aux_loss"}}]
     checker = FixedChecker(lambda text, gold: len(text) % 2 == 0)
-    joint = [make_joint_stage(ranks, joint_config(log=LOG, **overrides), 1, checker) for overrides in runs]
+    joint = [
+        make_joint_stage(ranks, joint_config(log=LOG, **overrides), 1, checker, guidance)
+        for overrides, guidance in zip(runs, (None, Guidance(texts={})), strict=True)
+    ]
     warmup = make_warmup(ranks, replace(warmup_config(), log=LOG))
     return [names(stage.step(0)) for stage in (*joint, warmup)]
 

@@ -124,6 +124,7 @@ def rollout_batch() -> RolloutBatch:
         response_ids_BR=torch.tensor([[21, 1, 0, 0], [22, 23, 24, 25], [26, 1, 0, 0]]),
         response_mask_BR=torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool(),
         advantage_B=torch.tensor([1.0, -1.0, 0.0]),
+        failure_B=torch.tensor([0.5, 0.5, 1.0]),
     )
 
 

@@ -106,8 +106,10 @@ def test_a_step_tells_shares_by_reward_the_shifts_and_the_throughput() -> None:
     ]
     assert metrics["load_reward_distance"] == pytest.approx(sum(distance) / 2) and metrics["load_reward_distance"] > 0
     # Every response token once, although the last update was run twice to measure its gradients.
-    assert sum(routing["router_shift_counts"]) == pytest.approx(metrics["response_tokens"] * 8)
-    assert len(routing["router_shift_counts"]) == len(routing["router_shift_edges"]) + 1
+    for counts in routing["router_shift_counts"]:
+        assert sum(counts) == pytest.approx(metrics["response_tokens"] * 8)
+        assert len(counts) == len(routing["router_shift_edges"]) + 1
+    assert len(routing["router_shift_counts"]) == 2
     for phase in ("rollout", "scoring", "update"):
         tokens = metrics[f"tokens_per_second_{phase}"] * metrics[f"seconds_{phase}"]
         assert tokens == pytest.approx(other_metrics[f"tokens_per_second_{phase}"] * other_metrics[f"seconds_{phase}"])

@@ -24,6 +24,7 @@ def rollout(group_size: int) -> RolloutBatch:
         response_ids_BR=ids_BR,
         response_mask_BR=torch.arange(6) < length_B[:, None],
         advantage_B=torch.zeros(n_responses),
+        failure_B=torch.zeros(n_responses),
     )
 
 

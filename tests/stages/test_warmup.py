@@ -72,7 +72,10 @@ def test_only_experts_move_under_every_routing_and_ranks_report_the_same() -> No
     for routing, result in first.items():
         assert all(".mlp.experts." in name or ".mlp.shared_experts." in name for name in result["moved"]), routing
         assert len(result["moved"]) == 2 * (3 + 3), routing
-        assert result["metrics"] == second[routing]["metrics"]
+        for mine, other in zip(result["metrics"], second[routing]["metrics"], strict=True):
+            shared = {name for name in mine if "second" not in name}
+            assert {name: mine[name] for name in shared} == {name: other[name] for name in shared}
+            assert mine["tokens_per_second_update"] > 0
         losses = [metrics["loss_lm"] for metrics in result["metrics"]]
         assert losses[-1] < losses[0], routing
         assert all(metrics["loss_init"] > 0 and metrics["loss_kd"] > 0 for metrics in result["metrics"])

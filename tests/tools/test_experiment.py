@@ -16,11 +16,11 @@ import pytest
 
 from padd_ds.config.load import load_run_config
 from padd_ds.errors import UserError
-from tools.experiment.cell import Cell, with_needs
+from tools.experiment.cell import Cell, with_inputs, with_needs
 from tools.experiment.page import write_page
 from tools.experiment.plan import all_cells
 from tools.experiment.runner import Runner
-from tools.experiment.settings import SCALES, SEARCH, TUNED
+from tools.experiment.settings import SCALES, SEARCH, TUNED, Scale
 from tools.experiment.statistics import over_seeds, paired_over_questions, pooled
 
 SCRIPT = """
@@ -103,6 +103,27 @@ def test_a_cell_that_is_defined_anew_runs_again(cells, tmp_path):
     runner(tmp_path).run(cells)
     changed = replace(cells[2], commands=(*cells[2].commands, ("python", "-c", "pass")))
     assert runner(tmp_path).todo([*cells[:2], changed]) == [changed]
+
+
+def test_a_change_reaches_all_that_follows_from_it(tmp_path, repository):
+    def changed(root: Path, scale: Scale) -> set[str]:
+        before = {cell.name: cell.fingerprint() for cell in all_cells(SCALES["full"])}
+        cells = with_inputs(all_cells(scale), root)
+        return {cell.name for cell in cells if cell.fingerprint() != before[cell.name]}
+
+    shutil.copytree(repository / "ds_configs", tmp_path / "ds_configs")
+    assert not changed(tmp_path, SCALES["full"])
+    names = {cell.name for cell in all_cells(SCALES["full"])}
+    assert changed(tmp_path, replace(SCALES["full"], teacher_steps=3)) == names
+    after_grpo = changed(tmp_path, replace(SCALES["full"], teacher_rollouts=3))
+    assert after_grpo == {name for name in names if not name.endswith("teacher-sft")}
+    run_file = tmp_path / "ds_configs" / "runs" / "repro_warmup.yaml"
+    run_file.write_text("# a remark\n" + run_file.read_text())
+    assert not changed(tmp_path, SCALES["full"])
+    run_file.write_text(run_file.read_text().replace("batch_size: 32, init", "batch_size: 16, init"))
+    found = changed(tmp_path, SCALES["full"])
+    assert {"seed0/quarter/sft", "seed0/quarter/joint/padd"} <= found
+    assert "seed0/quarter/converted" not in found and "seed0/teacher" not in found
 
 
 def test_a_failing_command_is_named_and_leaves_no_cell(cells, tmp_path):

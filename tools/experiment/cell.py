@@ -2,7 +2,14 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN_FILES = "ds_configs/runs/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +27,33 @@ class Cell:
     """Cells whose models the commands read."""
     facts: dict[str, str | int] = field(default_factory=dict)
     """What the tables group by: kind, seed, shape, method."""
+    inputs: str = ""
+    """Checksum of what the commands read: the run files, and the fingerprints of `needs`."""
 
     def fingerprint(self) -> str:
-        """Changes when any command does."""
-        return hashlib.sha256(json.dumps([self.commands, self.needs]).encode()).hexdigest()[:16]
+        """Changes when any command does, or what it reads; not with the code, whose commit a result names."""
+        return checksum([self.commands, self.needs, self.inputs])
+
+
+def checksum(document: object) -> str:
+    """Of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
+
+
+def with_inputs(cells: Iterable[Cell], root: Path) -> list[Cell]:
+    """`cells`, each behind what it needs, with the checksums of their inputs; run files are read under `root`."""
+    done: dict[str, Cell] = {}
+    for cell in cells:
+        words = sorted({word for command in cell.commands for word in command if word.startswith(RUN_FILES)})
+        files = [run_file(root, word) for word in words]
+        done[cell.name] = replace(cell, inputs=checksum([files, [done[name].fingerprint() for name in cell.needs]]))
+    return list(done.values())
+
+
+def run_file(root: Path, name: str) -> list[object]:
+    """What a run file says, comments apart, and the DeepSpeed JSON that it names."""
+    run = yaml.safe_load((root / name).read_text(encoding="utf-8"))
+    return [run, json.loads((root / run["deepspeed"]).read_text(encoding="utf-8"))]
 
 
 def with_needs(wanted: list[Cell], cells: dict[str, Cell]) -> list[Cell]:

@@ -49,6 +49,11 @@ MAIN_ROWS = (
     *("teacher-sft", "teacher", "converted", "sft", "warmed-up", "sft-responses", "warmed-up-responses"),
     *("dense-narrowed", "dense-sft", "dense-grpo"),
 )
+CURVES_SHOWN = (
+    ("reward_correct", "right answers in rollouts"),
+    ("load_max_violation", "load violation"),
+    ("router_shift", "router shift within a rollout's updates"),
+)
 RESPONSES = ("vanilla-grpo-responses", "padd-responses")
 OVERVIEW = (
     *("student", "decoding", "seeds", "Teacher (GRPO)", "Vanilla-GRPO", "PADD"),
@@ -61,7 +66,7 @@ that were not committed. `python tools/repro.py --only CELL --verify` makes a ce
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "experiment.md"
 HEAD = """# Results
 
-Made by `make {target}` (`python tools/repro.py --scale {scale}`) from the files under `{results}`; no number is typed
+Made by `make {target}` (`python tools/repro.py --scale {scale}`) from the files under `results/{results}`; no number is typed
 by hand. What the experiment is, and how to read it, stands in [experiment.md]({guide}). {done} of {total} cells
 are there.
 
@@ -246,13 +251,13 @@ def mean_of(group: Group, value: Callable[[Result], float | None], digits: int =
 
 
 def figures_of(rows: dict[str, Group], folder: Path, shape: str) -> str:
-    """Pass@1 as bars, and curves of reward, load and shift, as files beside the page."""
+    """Pass@1 as bars, and curves of reward, load and shift from the rollout before, as files beside the page."""
     bars = {name: pooled_scores(group) for name, group in rows.items()}
     titles = {name: TITLES[name].strip("*") for name in rows}
     bars_figure(folder / f"{shape}-pass.svg", {titles[name]: bar for name, bar in bars.items()}, titles.get("teacher"))
     trained = {titles[name]: rows[name] for name in (*METHODS, "dense-grpo") if name in rows}
     lines = [f"![Greedy Pass@1, {shape}]({folder.name}/{shape}-pass.svg)"]
-    for key, label in (("reward_correct", "right answers in rollouts"), ("load_max_violation", "load violation")):
+    for key, label in CURVES_SHOWN:
         curves = {title: mean_curve(group, key) for title, group in trained.items()}
         curves_figure(folder / f"{shape}-{key}.svg", {t: c for t, c in curves.items() if c}, label)
         lines.append(f"![{label}, {shape}]({folder.name}/{shape}-{key}.svg)")

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 
-from tools.experiment.cell import Cell
+from tools.experiment.cell import ROOT, Cell, with_inputs
 from tools.experiment.settings import (
     ABLATIONS,
     CHOICES,
@@ -236,4 +236,4 @@ def all_cells(scale: Scale) -> list[Cell]:
     for shape in scale.searched:
         cells += Plan(scale=scale, split="validation").search(scale.seeds[0], shape)
     cells += [cell for seed in scale.part_seeds for cell in plan.parts(seed, scale.shapes[0])]
-    return list({cell.name: cell for cell in cells}.values())
+    return with_inputs({cell.name: cell for cell in cells}.values(), ROOT)

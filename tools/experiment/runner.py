@@ -17,10 +17,9 @@ from typing import Any
 
 from padd_ds.errors import UserError
 from padd_ds.files import staged_directory, write_text_whole
-from tools.experiment.cell import Cell
+from tools.experiment.cell import ROOT, Cell
 from tools.experiment.result import REPRODUCED, Result, as_text, cell_result
 
-ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
 
