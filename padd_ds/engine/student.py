@@ -30,6 +30,8 @@ class Student:
     control: RoutingControl
     """Shared by all routers."""
     ranks: Ranks
+    accumulation_steps: int
+    """Backward passes per optimiser step."""
 
     @property
     def routers(self) -> list[PaddRouter]:
@@ -141,7 +143,7 @@ def build_student(
     control = RoutingControl()
     for index, (layer, bias_E) in enumerate(zip(layers, selection_biases, strict=True)):
         layer.router = _padd_router(layer, bias_E.to(ranks.device), index, control)
-    return Student(engine=engine, layers=layers, control=control, ranks=ranks)
+    return Student(engine=engine, layers=layers, control=control, ranks=ranks, accumulation_steps=accumulation_steps)
 
 
 def _selection_biases(model: Any) -> list[torch.Tensor]:

@@ -63,6 +63,27 @@ class RolloutBatch:
         )
 
 
+def deal_responses(
+    batch: RolloutBatch, updates: int, micro_batches: int, *, generator: torch.Generator
+) -> list[list[torch.Tensor]]:
+    """Rows for every micro-batch of every update: those that have a token to learn from, at random, each once.
+
+    Within an update in order of length. There are as many micro-batches on every rank, whatever was dropped there; one
+    for which nothing is left gets a row without tokens, which teaches nothing.
+    """
+    device = batch.response_mask_BR.device
+    order_B = torch.randperm(batch.n_responses, generator=generator).to(device)
+    learnt_B = batch.response_mask_BR.any(dim=1)
+    lengths_B = batch.attention_mask_BL.sum(dim=1)
+    filler_B = (~learnt_B).nonzero().flatten()[:1]
+
+    def dealt(rows_B: torch.Tensor) -> list[torch.Tensor]:
+        by_length_B = rows_B[lengths_B[rows_B].argsort()]
+        return [rows if len(rows) else filler_B for rows in by_length_B.tensor_split(micro_batches)]
+
+    return [dealt(rows_B) for rows_B in order_B[learnt_B[order_B]].tensor_split(updates)]
+
+
 def response_positions(tensor_BL: torch.Tensor, n_response: int) -> torch.Tensor:
     """Of [B, L, ...], the R positions that predict the response's tokens: one before each of them."""
     return tensor_BL[:, -n_response - 1 : -1]

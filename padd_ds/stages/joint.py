@@ -30,7 +30,7 @@ from padd_ds.moe.balance import BalanceOptions, BalanceState, update_balance
 from padd_ds.moe.load import load_balance_sum
 from padd_ds.moe.router import RoutingRecord
 from padd_ds.moe.shift import SHIFT_EDGES, router_distribution, router_shift, shift_counts
-from padd_ds.rollout.batch import RolloutBatch, response_positions
+from padd_ds.rollout.batch import RolloutBatch, deal_responses, response_positions
 from padd_ds.rollout.collect import Collector, Rollout
 from padd_ds.seeds import derive_seed
 from padd_ds.stages.gradients import add_gradient_norms, measured_micro_batch
@@ -114,7 +114,7 @@ class JointStage:
 
     def _throughput(self, rollout: Rollout, seconds: Mapping[str, float]) -> dict[str, float]:
         """Tokens of all ranks per second and phase: drawn in the rollout, prompts included afterwards. Collective."""
-        own = [rollout.metrics["response_tokens"][0], float(rollout.batch.attention_mask_BL.sum())]
+        own = [rollout.metrics["response_tokens"][0], float(rollout.batch.counted_mask_BL.sum())]
         drawn, seen = sum_over_ranks(torch.tensor(own, device=self.student.ranks.device)).tolist()
         tokens = {"rollout": drawn, "scoring": seen, "update": seen}
         return {f"tokens_per_second_{phase}": count / seconds[phase] for phase, count in tokens.items()}
@@ -130,9 +130,6 @@ class JointStage:
     def _score(self, batch: RolloutBatch, step: int, sums: MetricSums) -> list[list[MicroBatch]]:
         """The responses dealt out at random to the updates, with the old policy's view of each."""
         config, ranks = self.config, self.student.ranks
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, step, ranks.rank))
-        order_B = torch.randperm(batch.n_responses, generator=generator).to(ranks.device)
-        lengths_B = batch.attention_mask_BL.sum(dim=1)
         group_size = config.rollout.group_size
         kd_weight = config.kd_weight_at(step)
         teacher = TeacherOnPrompts.read(self.teacher, batch, group_size) if kd_weight > 0 else None
@@ -148,16 +145,17 @@ class JointStage:
                 old=self._old_policy(chosen, routing_seed, sums),
             )
 
-        updates = []
-        for update, rows_B in enumerate(order_B.chunk(config.policy.updates_per_rollout)):
-            by_length_B = rows_B[lengths_B[rows_B].argsort()]
-            updates.append(
-                [
-                    scored(rows, derive_seed(config.seed, step, ranks.rank, update, index))
-                    for index, rows in enumerate(by_length_B.split(config.micro_batch_size))
-                ]
-            )
-        return updates
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, step, ranks.rank))
+        dealt = deal_responses(
+            batch, config.policy.updates_per_rollout, self.student.accumulation_steps, generator=generator
+        )
+        return [
+            [
+                scored(rows, derive_seed(config.seed, step, ranks.rank, update, index))
+                for index, rows in enumerate(micro_batches)
+            ]
+            for update, micro_batches in enumerate(dealt)
+        ]
 
     @torch.no_grad()
     def _old_policy(self, batch: RolloutBatch, routing_seed: int, sums: MetricSums) -> OldPolicy:

@@ -166,9 +166,12 @@ def test_a_step_down_the_gradient_makes_good_responses_likelier(batch, name):
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
-def test_gradient(batch, name):
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_gradient(batch, name, normalisation):
+    options = dataclasses.replace(OPTIONS, normalisation=normalisation)
+
     def function(new_BT):
-        return POLICY_LOSSES[name](new_BT, *batch[1:], OPTIONS).loss_sum
+        return POLICY_LOSSES[name](new_BT, *batch[1:], options).loss_sum
 
     assert torch.autograd.gradcheck(function, (batch[0].requires_grad_(),))
 

@@ -1,6 +1,7 @@
-"""The losses and load counts of a joint update against one response at a time, unpadded; and that a bug would show."""
+"""A joint update against one response at a time, unpadded; and that a bug in it would show."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from padd_ds.engine.ranks import Ranks
-from padd_ds.losses.policy import POLICY_LOSSES
+from padd_ds.losses.distillation import TEMPERATURE_RULES
+from padd_ds.losses.policy import POLICY_LOSSES, PolicyLoss, PolicyTerms, rspo_sum
 from padd_ds.rollout.batch import RolloutBatch
 from padd_ds.stages import joint
 from padd_ds.stages.joint import JointStage
@@ -18,101 +20,28 @@ from padd_ds.stages.micro_batch import MicroBatch, OldPolicy
 from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums
 from tests.ranks import run_ranks
-from tests.world import FixedChecker, joint_config, make_joint_stage, problems
+from tests.stages.lone_responses import mover, of_the_stage, one_by_one, prepared, rollout
 
-CLIP = 0.2
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
-
-def prepared(ranks: Ranks) -> JointStage:
-    config = joint_config(
-        policy={"objective": "grpo", "updates_per_rollout": 1},
-        distillation={"temperature_rule": "fixed", "weight": 0.5},
-        rollout={"prompts": 4, "group_size": 4, "max_new_tokens": 6},
-    )
-    stage = make_joint_stage(ranks, config, 1, FixedChecker(lambda text, gold: len(text) % 2 == 0))
-    longer = [dataclasses.replace(one, question="1+" * (row % 4) + one.question) for row, one in enumerate(problems())]
-    stage.collector = dataclasses.replace(stage.collector, problems=longer)
-    return stage
-
-
-def rollout(stage: JointStage) -> RolloutBatch:
-    """Prompts and responses of several lengths; an untrained model hardly ever ends one itself."""
-    batch = stage.collector.collect(0).batch
-    length_B = torch.arange(batch.n_responses) % batch.response_ids_BR.shape[1] + 1
-    shorter_BR = torch.arange(batch.response_ids_BR.shape[1]) < length_B[:, None]
-    return dataclasses.replace(batch, response_mask_BR=batch.response_mask_BR & shorter_BR)
+CASES: dict[str, dict[str, Any]] = {
+    "grpo": {"policy": {"clip_low": 0.2}, "distillation": {"temperature_rule": "fixed"}},
+    "dr_grpo": {"policy": {"clip_low": 0.2}, "distillation": {"temperature_rule": "confident"}},
+    # Wide clips, behind which no discount hides.
+    "pr_grpo": {
+        "policy": {"clip_low": 0.8, "shift_penalty": 10.0, "shift_floor": 0.0},
+        "distillation": {"temperature_rule": "confident", "temperature": 1.2, "temperature_floor": 0.5},
+    },
+    "rspo": {"policy": {"clip_low": 0.8, "shift_floor": 0.85}, "distillation": {"temperature_rule": "confident"}},
+}
+COUNTS = ("load", "value_count")
 
 
-def of_the_stage(stage: JointStage, move: Callable[[], None]) -> dict[str, Any]:
-    """Loss terms and load of one update, as the stage forms them, with weights that have moved since the scoring."""
-    stage.student.engine.eval()
-    batch = rollout(stage)
-    micro_batches = stage._score(batch, 0, MetricSums())[0]
-    move()
-    counts = stage._counts([micro_batch.batch for micro_batch in micro_batches])
-    statistics, totals = RoutingStatistics.start(stage.student), {"policy": 0.0, "kd": 0.0}
-    with torch.no_grad():
-        for micro_batch in micro_batches:
-            terms, record, _ = stage._loss_terms(stage.student.model, micro_batch, counts, MetricSums())
-            stage._count_routing(micro_batch.batch, record, (statistics,))
-            totals = {name: totals[name] + float(terms[name]) for name in totals}
-    return {**totals, "load": statistics.counts_LE.tolist(), "batch": batch}
-
-
-@torch.no_grad()
-def one_by_one(stage: JointStage, batch: RolloutBatch, move: Callable[[], None]) -> dict[str, Any]:
-    """The same from the responses alone, each run without padding, in plain loops."""
-    old = [alone(stage, batch, row) for row in range(batch.n_responses)]
-    move()
-    policy, divergences, load = [], [], 0
-    for row, (old_R, _, _) in enumerate(old):
-        new_R, counts_LE, logits_RV = alone(stage, batch, row)
-        advantage = float(batch.advantage_B[row])
-        ratios = [float(ratio) for ratio in (new_R - old_R).exp()]
-        losses = [-min(r * advantage, min(max(r, 1 - CLIP), 1 + CLIP) * advantage) for r in ratios]
-        policy.append(sum(losses) / len(losses))
-        teacher_RV = run(stage.teacher, batch, row)[1].log_softmax(-1)
-        divergences += (teacher_RV.exp() * (teacher_RV - logits_RV.log_softmax(-1))).sum(-1).tolist()
-        load = load + counts_LE
-    kd = 0.5 * sum(divergences) / len(divergences)
-    return {"policy": sum(policy) / len(policy), "kd": kd, "load": load.tolist()}
-
-
-def alone(stage: JointStage, batch: RolloutBatch, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probabilities [R], routed slots [L, E], logits [R, V]) of a response."""
-    with stage.student.recording() as record:
-        tokens_R, logits_RV = run(stage.student.model, batch, row)
-    logprobs_R = logits_RV.log_softmax(-1).gather(-1, tokens_R[:, None])[:, 0]
-    experts = stage.student.n_experts
-    layers = range(len(stage.student.layers))
-    counts = [torch.bincount(record.selected_SK[layer].flatten(), minlength=experts) for layer in layers]
-    return logprobs_R, torch.stack(counts).double(), logits_RV
-
-
-def run(model: Any, batch: RolloutBatch, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens [R], logits that predict them [R, V]) of a response, run alone."""
-    prompt = batch.prompt_ids_BT[row][batch.prompt_mask_BT[row].bool()]
-    response = batch.response_ids_BR[row][batch.response_mask_BR[row]]
-    logits_LV = model(torch.cat([prompt, response])[None]).logits[0]
-    return response, logits_LV[len(prompt) - 1 : -1].float()
-
-
-def mover(stage: JointStage) -> tuple[Callable[[], None], Callable[[], None]]:
-    """(move the weights a little, move them back)."""
-    weights = [parameter for name, parameter in stage.student.model.named_parameters() if "q_proj" in name]
-    before = [weight.detach().clone() for weight in weights]
-
-    def move() -> None:
-        with torch.no_grad():
-            for weight in weights:
-                weight.mul_(1.3)
-
-    def back() -> None:
-        with torch.no_grad():
-            for weight, original in zip(weights, before, strict=True):
-                weight.copy_(original)
-
-    return move, back
+def case(ranks: Ranks, objective: str) -> JointStage:
+    policy = {"objective": objective, "updates_per_rollout": 1, "clip_high": 0.2, **CASES[objective]["policy"]}
+    distillation = {"weight": 0.5, **CASES[objective]["distillation"]}
+    size = {"prompts": 4, "group_size": 4, "max_new_tokens": 6}
+    return prepared(ranks, micro_batch_size=4, policy=policy, distillation=distillation, rollout=size)
 
 
 @contextmanager
@@ -135,6 +64,36 @@ def padding_counted_in_the_load() -> Iterator[None]:
     right = RoutingStatistics.add
     with patch.object(
         RoutingStatistics, "add", lambda self, record, mask, *rest: right(self, record, torch.ones_like(mask), *rest)
+    ):
+        yield
+
+
+@contextmanager
+def prompt_tokens_given_the_advantage() -> Iterator[None]:
+    right = RoutingStatistics.add
+    with patch.object(
+        RoutingStatistics, "add", lambda self, record, mask, values, _: right(self, record, mask, values, mask)
+    ):
+        yield
+
+
+@contextmanager
+def advantage_at_the_position_before() -> Iterator[None]:
+    """Where the token is predicted, not where it stands."""
+    right = RoutingStatistics.add
+    with patch.object(
+        RoutingStatistics,
+        "add",
+        lambda self, record, mask, values, on: right(self, record, mask, values, on.roll(-1, dims=1)),
+    ):
+        yield
+
+
+@contextmanager
+def advantage_of_another_response() -> Iterator[None]:
+    right = RoutingStatistics.add
+    with patch.object(
+        RoutingStatistics, "add", lambda self, record, mask, values, on: right(self, record, mask, values.flip(0), on)
     ):
         yield
 
@@ -201,41 +160,170 @@ def padding_unmasked() -> Any:
     return rows_changed_by(lambda rows: {"response_mask_BR": torch.ones_like(rows.response_mask_BR)})
 
 
-POLICY_BUGS = (
-    advantage_of_the_wrong_sign,
-    loss_one_token_early,
-    last_prompt_token_unmasked,
-    old_policy_scored_too_late,
-    old_policy_of_an_earlier_update,
-)
+def shift_at_the_token_itself() -> Any:
+    return patch.object(joint, "response_positions", lambda tensor_BL, n_response: tensor_BL[:, -n_response:])
+
+
+def shift_one_token_early() -> Any:
+    return patch.object(
+        joint, "response_positions", lambda tensor_BL, n_response: tensor_BL.roll(1, dims=1)[:, -n_response - 1 : -1]
+    )
+
+
+@contextmanager
+def shift_changed_by(change: Callable[[JointStage, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    right = JointStage._shift
+    with patch.object(JointStage, "_shift", lambda self, *given: change(self, right(self, *given))):
+        yield
+
+
+def shift_of_another_response() -> Any:
+    return shift_changed_by(lambda stage, shift_NBR: shift_NBR.flip(1))
+
+
+def shift_summed_over_layers() -> Any:
+    return shift_changed_by(lambda stage, shift_NBR: shift_NBR * len(stage.student.layers))
+
+
+@contextmanager
+def shift_over_the_experts_chosen_now() -> Iterator[None]:
+    right = JointStage._shift
+
+    def wrong(self: JointStage, micro_batch: MicroBatch, record: Any, sums: MetricSums) -> torch.Tensor:
+        chosen = [record.selected_SK[layer] for layer in range(len(self.student.layers))]
+        old = dataclasses.replace(micro_batch.old, selected_SK=chosen)
+        return right(self, dataclasses.replace(micro_batch, old=old), record, sums)
+
+    with patch.object(JointStage, "_shift", wrong):
+        yield
+
+
+def with_shift(change: Callable[[torch.Tensor], torch.Tensor], objective: str, loss: PolicyLoss) -> Any:
+    """`loss`, with the shift changed, in place of the objective's own."""
+    return patch.dict(POLICY_LOSSES, {objective: lambda *given: loss(*given[:4], change(given[4]), given[5])})
+
+
+def good_responses_discounted_too() -> Any:
+    return with_shift(lambda shift_BR: 10 * shift_BR, "pr_grpo", rspo_sum)
+
+
+def ratio_raised_by_the_shift() -> Any:
+    return with_shift(torch.neg, "pr_grpo", POLICY_LOSSES["pr_grpo"])
+
+
+def shift_left_out() -> Any:
+    return with_shift(torch.zeros_like, "rspo", POLICY_LOSSES["rspo"])
+
+
+def response_divided_by_its_length() -> Any:
+    right = POLICY_LOSSES["dr_grpo"]
+
+    def wrong(*given: Any) -> PolicyTerms:
+        return right(*given[:5], dataclasses.replace(given[5], normalisation="response"))
+
+    return patch.dict(POLICY_LOSSES, {"dr_grpo": wrong})
+
+
+def temperature_of_the_wrong_sign() -> Any:
+    return patch.dict(TEMPERATURE_RULES, {"confident": TEMPERATURE_RULES["literal"]})
+
+
+@contextmanager
+def temperature_of_another_response() -> Iterator[None]:
+    right = joint.distillation_temperature
+    with patch.object(
+        joint, "distillation_temperature", lambda advantage_B, **rest: right(advantage_B.flip(0), **rest)
+    ):
+        yield
+
+
+def teacher_not_tempered() -> Any:
+    return patch.dict(TEMPERATURE_RULES, {"confident": TEMPERATURE_RULES["fixed"]})
+
+
+PLANTED: dict[str, list[tuple[Callable[[], Any], tuple[str, ...]]]] = {
+    "grpo": [
+        (advantage_of_the_wrong_sign, ("policy",)),
+        (loss_one_token_early, ("policy", "kd")),
+        (last_prompt_token_unmasked, ("policy",)),
+        (old_policy_scored_too_late, ("policy",)),
+        (old_policy_of_an_earlier_update, ("policy",)),
+        (padding_unmasked, ("policy", "kd", "load", "value_sum", "value_count")),
+        (padding_counted_in_the_load, ("load",)),
+        (prompt_tokens_given_the_advantage, ("value_sum", "value_count")),
+        (advantage_at_the_position_before, ("value_sum", "value_count")),
+        (advantage_of_another_response, ("value_sum",)),
+    ],
+    "dr_grpo": [(response_divided_by_its_length, ("policy",)), (temperature_of_the_wrong_sign, ("kd",))],
+    "pr_grpo": [
+        (shift_at_the_token_itself, ("policy", "shift")),
+        (shift_one_token_early, ("policy", "shift")),
+        (shift_of_another_response, ("policy", "shift")),
+        (shift_summed_over_layers, ("policy", "shift")),
+        (good_responses_discounted_too, ("policy",)),
+        (ratio_raised_by_the_shift, ("policy",)),
+        (temperature_of_the_wrong_sign, ("kd",)),
+        (temperature_of_another_response, ("kd",)),
+        (teacher_not_tempered, ("kd",)),
+    ],
+    "rspo": [
+        (shift_at_the_token_itself, ("policy", "shift")),
+        (shift_one_token_early, ("policy", "shift")),
+        (shift_of_another_response, ("policy", "shift")),
+        (shift_over_the_experts_chosen_now, ("shift",)),
+        (shift_left_out, ("policy",)),
+    ],
+}
+"""By objective: the bugs, and what each of them must change."""
 
 
 def compared(ranks: Ranks) -> dict[str, Any]:
-    stage = prepared(ranks)
-    move, back = mover(stage)
-    found = of_the_stage(stage, move)
-    back()
-    expected = one_by_one(stage, found.pop("batch"), move)
-    planted = {}
-    for bug in (*POLICY_BUGS, padding_unmasked, padding_counted_in_the_load):
+    results = {}
+    for objective in CASES:
+        stage = case(ranks, objective)
+        batch = rollout(stage)
+        move, back = mover(stage)
+        expected = one_by_one(stage, batch, move)
         back()
-        with bug():
-            planted[bug.__name__] = of_the_stage(stage, move)
-        planted[bug.__name__].pop("batch")
-    return {"found": found, "expected": expected, "planted": planted}
+        found, planted = of_the_stage(stage, batch, move), {}
+        for bug, _ in PLANTED[objective]:
+            back()
+            with bug():
+                planted[bug.__name__] = of_the_stage(stage, batch, move)
+        results[objective] = {"expected": expected, "found": found, "planted": planted}
+    return results
 
 
-@pytest.mark.ranks
-@pytest.mark.slow
-def test_an_update_equals_loops_over_lone_responses_and_planted_bugs_do_not() -> None:
-    result = run_ranks(compared, 1)[0]
-    found, expected = result["found"], result["expected"]
-    assert abs(expected["policy"]) > 1e-4
-    assert found["policy"] == pytest.approx(expected["policy"], rel=1e-4)
-    assert found["kd"] == pytest.approx(expected["kd"], rel=1e-4)
-    assert found["load"] == expected["load"]
-    for bug in POLICY_BUGS:
-        assert result["planted"][bug.__name__]["policy"] != pytest.approx(expected["policy"], rel=1e-2), bug.__name__
-    # Ten times the tolerance above: rows of one length stand together, so that there is little padding.
-    assert result["planted"][padding_unmasked.__name__]["kd"] != pytest.approx(expected["kd"], rel=1e-3)
-    assert result["planted"][padding_counted_in_the_load.__name__]["load"] != expected["load"]
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return run_ranks(compared, 1)[0]
+
+
+def flat(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        value = [value[key] for key in sorted(value)]
+    return [number for item in value for number in flat(item)] if isinstance(value, list) else [value]
+
+
+def error(result: dict[str, Any], expected: dict[str, Any], quantity: str) -> float:
+    """The largest difference, as a share of the largest number expected."""
+    found, right = flat(result[quantity]), flat(expected[quantity])
+    if len(found) != len(right):
+        return math.inf
+    return max(abs(a - b) for a, b in zip(found, right, strict=True)) / max(map(abs, right))
+
+
+@pytest.mark.parametrize("objective", CASES)
+def test_an_update_equals_loops_over_lone_responses(results: dict[str, Any], objective: str) -> None:
+    expected, found = results[objective]["expected"], results[objective]["found"]
+    assert abs(expected["policy"]) > 1e-2 and expected["kd"] > 0.1 and max(flat(expected["shift"])) > 0.1
+    assert found["shift"].keys() == expected["shift"].keys()
+    for quantity in expected:
+        assert error(found, expected, quantity) <= (0 if quantity in COUNTS else 3e-5), quantity
+
+
+@pytest.mark.parametrize(("objective", "bug"), [(name, bug) for name in CASES for bug, _ in PLANTED[name]])
+def test_a_planted_bug_shows(results: dict[str, Any], objective: str, bug: Callable[[], Any]) -> None:
+    expected, found = results[objective]["expected"], results[objective]["planted"][bug.__name__]
+    for quantity in dict(PLANTED[objective])[bug]:
+        assert error(found, expected, quantity) > 1e-3, quantity

@@ -66,9 +66,9 @@ that were not committed. `python tools/repro.py --only CELL --verify` makes a ce
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "experiment.md"
 HEAD = """# Results
 
-Made by `make {target}` (`python tools/repro.py --scale {scale}`) from the files under `results/{results}`; no number is typed
-by hand. What the experiment is, and how to read it, stands in [experiment.md]({guide}). {done} of {total} cells
-are there.
+Made by `make {target}` (`python tools/repro.py --scale {scale}`) from the files under `results/{results}`; no number
+is typed by hand. What the experiment is, and how to read it, stands in [experiment.md]({guide}). {done} of {total}
+cells are there.
 
 Greedy Pass@1 in percent with the 95 % interval over the questions of these seeds; *sampled*: mean of several responses
 at temperature 1. *PADD ahead by*: PADD minus the row, question by question, with its 95 % interval over questions, and
