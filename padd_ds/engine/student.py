@@ -16,6 +16,8 @@ from transformers import get_scheduler
 from padd_ds.config.schema import OptimizerConfig, RunConfig
 from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.ranks import Ranks
+from padd_ds.errors import UserError
+from padd_ds.moe.masked import masked_experts
 from padd_ds.moe.router import PaddRouter, RoutingControl, RoutingMode, RoutingRecord
 
 
@@ -143,7 +145,27 @@ def build_student(
     control = RoutingControl()
     for index, (layer, bias_E) in enumerate(zip(layers, selection_biases, strict=True)):
         layer.router = _padd_router(layer, bias_E.to(ranks.device), index, control)
+    if config.model.expert_compute == "masked":
+        for layer in layers:
+            _compute_masked(layer)
     return Student(engine=engine, layers=layers, control=control, ranks=ranks, accumulation_steps=accumulation_steps)
+
+
+def _compute_masked(layer: AutoEPMoELayer) -> None:
+    """Let a layer that holds all its experts run them with `masked_experts`, in place of dispatching tokens."""
+    if layer.ep_size != 1 or layer.score_apply != "post":
+        raise UserError(
+            "model.expert_compute=masked needs all experts on every rank; set autoep_size to 1, or dispatched"
+        )
+
+    def forward(hidden_BTD: torch.Tensor) -> Any:
+        x_SD = hidden_BTD.flatten(0, 1)
+        weights_SK, selected_SK, _ = layer.router(x_SD)
+        experts = layer.experts
+        output_SD = masked_experts(x_SD, weights_SK, selected_SK, experts.w1, experts.w2, experts.w3)
+        return layer._finalize_output(output_SD.view_as(hidden_BTD), x_SD, hidden_BTD, hidden_BTD.shape[-1])
+
+    layer._forward = forward
 
 
 def _selection_biases(model: Any) -> list[torch.Tensor]:

@@ -19,7 +19,8 @@ from padd_ds.errors import UserError
 from tools.experiment.cell import Cell, with_inputs, with_needs
 from tools.experiment.page import write_page
 from tools.experiment.plan import all_cells
-from tools.experiment.runner import Runner
+from tools.experiment.result import as_text, current_results, made_hash
+from tools.experiment.runner import MADE, Runner
 from tools.experiment.settings import SCALES, SEARCH, TUNED, Scale
 from tools.experiment.statistics import over_seeds, paired_over_questions, pooled
 
@@ -93,10 +94,41 @@ def test_what_is_done_is_not_done_again(cells, tmp_path):
 
 def test_a_lost_model_is_made_again_only_where_it_is_needed(cells, tmp_path):
     runner(tmp_path).run(cells)
-    (tmp_path / "work" / "b" / "fingerprint").unlink()
+    (tmp_path / "work" / "b" / MADE).unlink()
     assert runner(tmp_path).todo(cells) == []
     (tmp_path / "results" / "c.json").unlink()
     assert runner(tmp_path).todo(cells) == cells[1:]
+
+
+def test_what_came_from_another_model_is_made_again(cells, tmp_path):
+    runner(tmp_path).run(cells)
+    before = {name: (tmp_path / "results" / f"{name}.json").read_text() for name in "abc"}
+    # As if a had been lost, and came out otherwise on another machine.
+    shutil.rmtree(tmp_path / "work" / "a")
+    other = json.loads(before["a"]) | {"made": "another"}
+    (tmp_path / "results" / "a.json").write_text(as_text(other))
+    assert set(current_results(tmp_path / "results", cells)) == {"a"}
+    runner(tmp_path).run(cells)
+    assert set(current_results(tmp_path / "results", cells)) == set("abc")
+    assert json.loads(before["b"])["read"] == {"a": json.loads(before["a"])["made"]}
+
+
+def test_a_model_of_other_weights_than_its_result_is_not_built_upon(cells, tmp_path):
+    runner(tmp_path).run(cells)
+    (tmp_path / "work" / "b" / MADE).write_text(f"{cells[1].fingerprint()} another")
+    (tmp_path / "results" / "c.json").unlink()
+    assert runner(tmp_path).todo(cells) == cells[1:]
+
+
+def test_a_model_is_known_by_its_weights(tmp_path):
+    (tmp_path / "model").mkdir()
+    nothing = made_hash(tmp_path)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert made_hash(tmp_path) == nothing
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"one")
+    one = made_hash(tmp_path)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"two")
+    assert len({nothing, one, made_hash(tmp_path)}) == 3
 
 
 def test_a_cell_that_is_defined_anew_runs_again(cells, tmp_path):
@@ -221,7 +253,7 @@ def made_up_result(cell: Cell, greedy: str) -> dict:
         "headline": {"problems": {"pass_at_1": 0.5}, "samples": samples, "routing": routing},
         "greedy": greedy,
         "sampled": "4222" if greedy == "1110" else "2222",
-        "curves": {"reward_correct": [0.1, 0.2, 0.3], "load_max_violation": [0.4, 0.3, 0.2]},
+        "curves": {name: [0.1, 0.2, 0.3] for name in ("reward_correct", "load_max_violation", "router_shift")},
     }
 
 
@@ -250,12 +282,13 @@ def test_the_page_has_every_row_its_figures_and_its_commands(tmp_path):
         assert search.count("| **`") == len(SEARCH)
     for figure in (tmp_path / "page").iterdir():
         assert f"(page/{figure.name})" in text
-    assert len(list((tmp_path / "page").iterdir())) == 13
+    assert len(list((tmp_path / "page").iterdir())) == 17
 
 
 def test_parts_without_padd_itself_make_a_page_all_the_same(tmp_path):
-    cells = [cell for cell in all_cells(SCALES["full"]) if cell.facts.get("method") == "without-i"]
-    for cell in cells:
+    every = {cell.name: cell for cell in all_cells(SCALES["full"])}
+    parts = [cell for cell in every.values() if cell.facts.get("method") == "without-i"]
+    for cell in with_needs(parts, every):
         path = tmp_path / "results" / f"{cell.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(made_up_result(cell, "1010")))

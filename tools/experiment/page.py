@@ -1,6 +1,5 @@
 """docs/results.md: tables and plots from the results of cells, and from nothing else."""
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from padd_ds.errors import UserError
 from padd_ds.files import write_text_whole
 from tools.experiment.cell import Cell
 from tools.experiment.figures import bars_figure, cost_figure, curves_figure
-from tools.experiment.result import Result
+from tools.experiment.result import Result, current_results
 from tools.experiment.search import search_section
 from tools.experiment.settings import ABLATIONS, CHOICES, METHODS, SHAPES, STUDENTS, Scale, Shape
 from tools.experiment.statistics import Estimate, over_seeds, paired_over_questions, pooled
@@ -80,8 +79,7 @@ solutions.
 
 def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name: str = "full") -> None:
     """The page and its figures, in a folder beside it; UserError while there is nothing to show."""
-    found = {cell.name: read_result(results, cell) for cell in cells}
-    there = {name: result for name, result in found.items() if result is not None}
+    there = current_results(results, cells)
     if not there:
         raise UserError(f"{results}: holds no result of these cells; run them first")
     target = {"quick": "repro-quick", "smollm2": "repro-smollm2"}.get(name, "repro")
@@ -112,15 +110,6 @@ def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name:
 
 def headline(shape: Shape) -> str:
     return shape.title[0].upper() + shape.title[1:]
-
-
-def read_result(results: Path, cell: Cell) -> Result | None:
-    """The result of a cell as it is defined now; None if it has none."""
-    path = results / f"{cell.name}.json"
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["fingerprint"] == cell.fingerprint() else None
 
 
 def main_rows(there: dict[str, Result], shape: str) -> dict[str, Group]:

@@ -1,6 +1,8 @@
 """What is kept of a cell: its figures, every verdict, and the curves of its training."""
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,11 +45,12 @@ COSTS = ("active_parameters", "total_parameters", "matmul_flops_per_token")
 PHASES = ("seconds_rollout", "seconds_scoring", "seconds_update")
 
 
-def cell_result(cell: Cell, here: Path, *, commit: str, seconds: float) -> Result:
-    """The result of a cell whose commands have all run in `here`."""
+def cell_result(cell: Cell, here: Path, *, commit: str, seconds: float, read: dict[str, str]) -> Result:
+    """The result of a cell whose commands have all run in `here`; `read`: `made_hash` of every cell that it needs."""
     about = {
         **{"cell": cell.name, **cell.facts, "commit": commit, "fingerprint": cell.fingerprint()},
         **{"commands": [list(command) for command in cell.commands], "seconds": round(seconds, 1)},
+        **{"made": made_hash(here), "read": read},
     }
     if cell.facts["kind"] == "responses":
         return about | recorded(here / "cache")
@@ -65,6 +68,40 @@ def cell_result(cell: Cell, here: Path, *, commit: str, seconds: float) -> Resul
         "sampled": counts_by_problem(evaluation),
         "curves": curves_of(steps),
     }
+
+
+def made_hash(folder: Path) -> str:
+    """Of the weights or the responses that a cell has left: another processor makes others from the same seed."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("model/*.safetensors"), *folder.glob("cache/responses.jsonl")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def follows(result: Result, needs: dict[str, Result]) -> bool:
+    """Whether a result comes from the very models that the results of what it needs tell of.
+
+    Results of before models were told apart follow from one another.
+    """
+    read = result.get("read", {})
+    return all(read.get(name) == need.get("made") for name, need in needs.items())
+
+
+def current_results(folder: Path, cells: Iterable[Cell]) -> dict[str, Result]:
+    """By name, the results of cells as they are defined now, whose needs have one too, and from which they follow.
+
+    `cells`: each behind what it needs, or without its needs where these are not among them.
+    """
+    there: dict[str, Result] = {}
+    for cell in cells:
+        path = folder / f"{cell.name}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
+        needs = {name: there[name] for name in cell.needs if name in there}
+        if result["fingerprint"] == cell.fingerprint() and len(needs) == len(cell.needs) and follows(result, needs):
+            there[cell.name] = result
+    return there
 
 
 def recorded(cache: Path) -> Result:

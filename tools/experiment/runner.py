@@ -18,8 +18,10 @@ from typing import Any
 from padd_ds.errors import UserError
 from padd_ds.files import staged_directory, write_text_whole
 from tools.experiment.cell import ROOT, Cell
-from tools.experiment.result import REPRODUCED, Result, as_text, cell_result
+from tools.experiment.result import REPRODUCED, Result, as_text, cell_result, current_results
 
+MADE = "made"
+"""In the folder of a cell: its fingerprint and the hash of its model."""
 BIN = Path(sys.executable).parent
 
 
@@ -38,8 +40,15 @@ class Runner:
     def run(self, cells: list[Cell]) -> None:
         """Run `cells`, given in an order in which each follows what it needs; UserError for the first that fails."""
         todo = self.todo(cells)
-        done = {cell.name for cell in cells} - {cell.name for cell in todo}
         say(f"{len(cells)} cells, {len(cells) - len(todo)} of them done")
+        while todo:
+            self._run_all(cells, todo)
+            todo = self.todo(cells)
+            if todo:
+                say(f"{len(todo)} cells had been made from other models than those that are there now")
+
+    def _run_all(self, cells: list[Cell], todo: list[Cell]) -> None:
+        done = {cell.name for cell in cells} - {cell.name for cell in todo}
         started_s, finished, running = time.monotonic(), 0, dict[Future, Cell]()
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
@@ -60,20 +69,19 @@ class Runner:
 
     def todo(self, cells: list[Cell]) -> list[Cell]:
         """Cells without a result, and those whose model another one still needs and that is not there any more."""
+        there = current_results(self.results, cells)
         todo: dict[str, Cell] = {}
         for cell in reversed(cells):
             needed = any(cell.name in other.needs for other in todo.values())
-            if not self._has_result(cell) or (needed and not self._has_model(cell)):
+            if cell.name not in there or (needed and self._made(cell) != there[cell.name].get("made")):
                 todo[cell.name] = cell
         return list(reversed(todo.values()))
 
-    def _has_result(self, cell: Cell) -> bool:
-        path = self.results / f"{cell.name}.json"
-        return path.exists() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] == cell.fingerprint()
-
-    def _has_model(self, cell: Cell) -> bool:
-        made = self.work / cell.name / "fingerprint"
-        return made.exists() and made.read_text(encoding="utf-8") == cell.fingerprint()
+    def _made(self, cell: Cell) -> str:
+        """What `made_hash` said of the cell's model; empty where it is not there or of another definition."""
+        mark = self.work / cell.name / MADE
+        fingerprint, made = mark.read_text(encoding="utf-8").split() if mark.exists() else ("", "")
+        return made if fingerprint == cell.fingerprint() else ""
 
     def _run_cell(self, cell: Cell) -> str:
         result = self._keep(cell)
@@ -88,7 +96,7 @@ class Runner:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with staged_directory(folder, overwrite=True) as here:
             result = self._make(cell, here)
-            (here / "fingerprint").write_text(cell.fingerprint(), encoding="utf-8")
+            (here / MADE).write_text(f"{cell.fingerprint()} {result['made']}", encoding="utf-8")
         return result
 
     def _make(self, cell: Cell, here: Path) -> Result:
@@ -99,7 +107,9 @@ class Runner:
                 self._run_command(fill(command, self.work, here), log, self.work / cell.name)
         # All that resuming a run would need, and nothing that a result is read from.
         shutil.rmtree(here / "run" / "checkpoints", ignore_errors=True)
-        return cell_result(cell, here, commit=self.commit, seconds=time.monotonic() - started_s)
+        seconds = time.monotonic() - started_s
+        read = {name: (self.work / name / MADE).read_text(encoding="utf-8").split()[1] for name in cell.needs}
+        return cell_result(cell, here, commit=self.commit, seconds=seconds, read=read)
 
     def verify(self, cells: list[Cell], needed: list[Cell]) -> None:
         """Make cells that have a result again, aside, and compare; UserError for the first that comes out otherwise.
@@ -107,17 +117,18 @@ class Runner:
         Models that they need and that are not there are made before, without a result. `needed`: in an order that can
         be run.
         """
+        there = current_results(self.results, needed)
         for cell in cells:
-            if not self._has_result(cell):
+            if cell.name not in there:
                 raise UserError(f"{cell.name}: has no result to compare with; run it first, without --verify")
         self.work.mkdir(parents=True, exist_ok=True)
         read = {name for cell in needed for name in cell.needs}
         for cell in needed:
-            if cell.name in read and not self._has_model(cell):
+            if cell.name in read and not self._made(cell):
                 say(f"{cell.name}: its model is not there and is made")
                 self._keep(cell)
         for cell in cells:
-            kept = json.loads((self.results / f"{cell.name}.json").read_text(encoding="utf-8"))
+            kept = there[cell.name]
             with TemporaryDirectory(dir=self.work, prefix=".verify-") as here:
                 result = json.loads(as_text(self._make(cell, Path(here))))
             different = differences(result, kept)
