@@ -67,10 +67,13 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def check_parallelism(path: Path, tree: Mapping[str, Any], world_size: int, n_experts: int | None) -> int:
+def check_parallelism(
+    path: Path, tree: Mapping[str, Any], world_size: int, n_experts: int | None, expert_compute: str = "dispatched"
+) -> int:
     """The expert-parallel size; UserError where ranks, experts and sizes do not fit.
 
-    n_experts: None for a dense model, for which the section on expert parallelism means nothing.
+    n_experts: None for a dense model, for which the section on expert parallelism means nothing. expert_compute: as
+    model.expert_compute.
     """
     stage = tree.get("zero_optimization", {}).get("stage", 0)
     if stage not in SUPPORTED_ZERO_STAGES:
@@ -91,6 +94,11 @@ def check_parallelism(path: Path, tree: Mapping[str, Any], world_size: int, n_ex
         raise UserError(f"{path}: {world_size} ranks cannot be split into groups of autoep_size {size}; change either")
     if n_experts % size:
         raise UserError(f"{path}: {n_experts} routed experts cannot be split over autoep_size {size} ranks")
+    if expert_compute == "masked" and size > 1:
+        raise UserError(
+            f"{path}: expert_parallel.autoep_size is {size}, but model.expert_compute=masked needs all experts "
+            "on every rank; set autoep_size to 1, or model.expert_compute=dispatched"
+        )
     return size
 
 

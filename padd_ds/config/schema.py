@@ -124,6 +124,9 @@ class WarmupConfig:
     """Choice: the always-active experts learn too."""
     teacher_top_k: Count | None = None
     """Keep only the teacher's k most likely tokens and one bucket for the rest; default: all."""
+    responses: str | None = None
+    """Folder written by padd-cache with --responses: the teacher's right responses are learnt beside the data's own
+    targets, whatever part of the data they answer."""
     teacher_cache: str | None = None
     """Folder written by padd-cache with the teacher's likelihoods of these targets, in place of model.teacher."""
 

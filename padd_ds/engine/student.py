@@ -16,7 +16,6 @@ from transformers import get_scheduler
 from padd_ds.config.schema import OptimizerConfig, RunConfig
 from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.ranks import Ranks
-from padd_ds.errors import UserError
 from padd_ds.moe.masked import masked_experts
 from padd_ds.moe.router import PaddRouter, RoutingControl, RoutingMode, RoutingRecord
 
@@ -154,9 +153,7 @@ def build_student(
 def _compute_masked(layer: AutoEPMoELayer) -> None:
     """Let a layer that holds all its experts run them with `masked_experts`, in place of dispatching tokens."""
     if layer.ep_size != 1 or layer.score_apply != "post":
-        raise UserError(
-            "model.expert_compute=masked needs all experts on every rank; set autoep_size to 1, or dispatched"
-        )
+        raise ValueError(f"{layer.ep_size} ranks share the experts, or their inputs are weighed: not to be masked")
 
     def forward(hidden_BTD: torch.Tensor) -> Any:
         x_SD = hidden_BTD.flatten(0, 1)

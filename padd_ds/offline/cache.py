@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from padd_ds.data.problems import Problem
 from padd_ds.errors import UserError
 from padd_ds.files import sha256_of
 from padd_ds.launcher import launched_rank
@@ -73,6 +74,14 @@ def check_responses(source: str) -> None:
         entry = _read_index(path.parent)["responses"]
         if path.name == entry["file"]:
             _check_file(path, entry["sha256"])
+
+
+def read_responses(folder: Path) -> list[Problem]:
+    """The targets that padd-cache wrote to `folder`, a problem each; UserError unless they are what was recorded."""
+    path = folder / _read_index(folder)["responses"]["file"]
+    check_responses(str(path))
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Problem(**row) for row in rows]
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,6 @@
 Legend: B responses of this rank, R response tokens.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 
 from padd_ds.data.split import normalise_question
 from padd_ds.errors import UserError
-from padd_ds.offline.cache import REMEDY, TeacherCache
+from padd_ds.offline.cache import REMEDY, read_responses
 from padd_ds.rollout.generation import Responses, widened
 
 
@@ -27,12 +26,10 @@ class Guidance:
     @classmethod
     def open(cls, folder: Path) -> "Guidance":
         """What padd-cache recorded with --responses; UserError unless it is whole and has some."""
-        cache = TeacherCache.open(folder)
         texts = defaultdict[str, list[str]](list)
-        for line in (folder / cache.facts["responses"]["file"]).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row.get("solution"):
-                texts[normalise_question(row["question"])].append(row["solution"])
+        for problem in read_responses(folder):
+            if problem.solution:
+                texts[normalise_question(problem.question)].append(problem.solution)
         if not texts:
             raise UserError(f"{folder}: holds no responses of the teacher; {REMEDY} --responses N")
         return cls(texts=dict(texts))

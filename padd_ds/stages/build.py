@@ -71,7 +71,7 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         check_parallelism(json_path, tree, world_size, None)
     else:
         expert_parallel_keys(student)
-        check_parallelism(json_path, tree, world_size, student.n_routed_experts)
+        check_parallelism(json_path, tree, world_size, student.n_routed_experts, config.model.expert_compute)
     check_batches(config, world_size)
     dtype = model_dtype(tree)
     if config.has_rollouts and config.policy.kl_weight > 0 and config.model.reference is not None:

@@ -15,7 +15,7 @@ from padd_ds.data.sources import read_rows
 from padd_ds.data.split import decontaminate, split_problems
 from padd_ds.errors import UserError
 from padd_ds.hf import load_causal_lm
-from padd_ds.offline.cache import check_responses
+from padd_ds.offline.cache import check_responses, read_responses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class TrainingData:
     dropped_benchmark: list[str]
     """Questions that also stand in a benchmark."""
     facts: dict[str, int]
-    """Counts: rows, duplicates, dropped_benchmark, too_long, problems."""
+    """Counts: rows, duplicates, dropped_benchmark, recorded, too_long, problems."""
 
 
 def read_training_data(config: RunConfig, tokenizer: Any) -> TrainingData:
@@ -42,6 +42,10 @@ def read_training_data(config: RunConfig, tokenizer: Any) -> TrainingData:
     split = split_problems(kept, data.part_fractions, every_solution=config.stage == "warmup")
     part = config.data_part
     chosen = [p for problems in split.parts.values() for p in problems] if part == "all" else split.parts[part]
+    recorded: list[Problem] = []
+    if config.stage == "warmup" and config.warmup.responses is not None:
+        recorded, _ = decontaminate(read_responses(Path(config.warmup.responses)), _benchmark_questions(data))
+        chosen = [*chosen, *recorded]
     template = prompt_template(data)
     fitting = [p for p in chosen if len(_ids(render(template, p, tokenizer), tokenizer)) <= data.max_prompt_tokens]
     if not fitting:
@@ -55,6 +59,7 @@ def read_training_data(config: RunConfig, tokenizer: Any) -> TrainingData:
         "rows": len(problems),
         "duplicates": split.duplicates,
         "dropped_benchmark": len(dropped),
+        "recorded": len(recorded),
         "too_long": len(chosen) - len(fitting),
         "problems": len(fitting),
     }

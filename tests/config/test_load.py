@@ -94,6 +94,27 @@ def test_importance_weights_and_nucleus_sampling_exclude_each_other(run_yaml: Pa
         load_run_config(run_yaml, [*both, one])
 
 
+def test_a_teachers_responses_have_no_likelihood_of_the_rollout(run_yaml: Path) -> None:
+    both = ["stage=joint", "policy.importance_cap=2", "rollout.guidance=cache"]
+    with pytest.raises(UserError, match=r"responses of rollout\.guidance have none of: set one of them to null"):
+        load_run_config(run_yaml, both)
+    for one in ("policy.importance_cap=null", "rollout.guidance=null"):
+        load_run_config(run_yaml, [*both, one])
+
+
+def test_the_weight_of_distillation_falls_where_it_is_told_to(run_yaml: Path) -> None:
+    joint = ["stage=joint", "steps=4", "distillation.weight=2"]
+    config = load_run_config(run_yaml, joint)
+    assert [config.kd_weight_at(step) for step in range(4)] == [2.0] * 4
+    config = load_run_config(run_yaml, [*joint, "distillation.schedule=linear"])
+    assert [config.kd_weight_at(step) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
+
+
+def test_a_floor_above_the_ceiling_is_refused(run_yaml: Path) -> None:
+    with pytest.raises(UserError, match=r"temperature_floor 1\.5 is above temperature_ceiling 1\.0"):
+        load_run_config(run_yaml, ["distillation.temperature_floor=1.5", "distillation.temperature_ceiling=1"])
+
+
 def test_a_missing_key_is_named(run_yaml: Path) -> None:
     run_yaml.write_text(yaml.safe_dump({name: value for name, value in MINIMAL.items() if name != "steps"}))
     with pytest.raises(UserError, match="steps is missing"):

@@ -80,6 +80,19 @@ def test_spelling_variants_are_the_same(one, other):
     assert normalise_question(one) == normalise_question(other)
 
 
+def test_a_question_can_stay_once_for_each_of_its_solutions():
+    rows = [
+        Problem(question=question, answer="7", solution=solution)
+        for question, solution in (("3 + 4", "a"), ("3+4", "b"), ("3 + 4 ", "a"), ("3 + 5", "a"))
+    ]
+    once, every = split_problems(rows), split_problems(rows, every_solution=True)
+    assert (once.duplicates, every.duplicates) == (2, 1)
+    kept = [problem.solution for part in every.parts.values() for problem in part if problem.question != "3 + 5"]
+    assert kept == ["a", "b"]
+    # Each solution of a question in the same part.
+    assert sorted(len(part) for part in every.parts.values() if part) in ([1, 2], [3])
+
+
 def test_an_empty_part_gets_nothing():
     split = split_problems(problems(200), {"A": 0.0, "B": 1.0})
     assert [len(split.parts[part]) for part in "AB"] == [0, 200]

@@ -43,11 +43,11 @@ def run_config(**overrides: Any) -> RunConfig:
     return RunConfig(**(values | overrides))
 
 
-def build(ranks: Ranks, stage: int, expert_parallel: int) -> Student:
+def build(ranks: Ranks, stage: int, expert_parallel: int, **model: Any) -> Student:
     tree = deepspeed_tree(stage, expert_parallel)
     return build_student(
         tiny_student(),
-        run_config(),
+        run_config(model=ModelConfig(student="unused", teacher="unused", **model)),
         tree,
         ranks,
         trainable=lambda name: True,
@@ -65,9 +65,11 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens_BT, mask_BT
 
 
-def one_step(ranks: Ranks, stage: int, expert_parallel: int) -> dict[str, torch.Tensor]:
+def one_step(
+    ranks: Ranks, stage: int, expert_parallel: int, expert_compute: str = "dispatched"
+) -> dict[str, torch.Tensor]:
     """Loss of a step on this rank's share of four sequences, and the weights after it."""
-    student = build(ranks, stage, expert_parallel)
+    student = build(ranks, stage, expert_parallel, expert_compute=expert_compute)
     tokens_BT, mask_BT = (part.chunk(ranks.world)[ranks.rank] for part in batch())
     student.engine.train()
     logits_BTV = student.engine(input_ids=tokens_BT, attention_mask=mask_BT.long(), use_cache=False).logits
@@ -94,10 +96,19 @@ def reference_step() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("world", "stage", "expert_parallel"), [(1, 0, 1), (2, 2, 1), (2, 2, 2), (4, 2, 2)])
-def test_a_step_equals_plain_transformers(world: int, stage: int, expert_parallel: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "stage", "expert_parallel", "expert_compute"),
+    [
+        (1, 0, 1, "dispatched"),
+        (2, 2, 1, "dispatched"),
+        (2, 2, 2, "dispatched"),
+        (4, 2, 2, "dispatched"),
+        (2, 2, 1, "masked"),
+    ],
+)
+def test_a_step_equals_plain_transformers(world: int, stage: int, expert_parallel: int, expert_compute: str) -> None:
     expected = reference_step()
-    by_rank = run_ranks(one_step, world, stage, expert_parallel)
+    by_rank = run_ranks(one_step, world, stage, expert_parallel, expert_compute)
     logits_BTV = torch.cat([result["logits"] for result in by_rank])
     real = batch()[1].bool()
     torch.testing.assert_close(logits_BTV[real], expected["logits"][real], rtol=1e-5, atol=1e-5)

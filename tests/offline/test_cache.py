@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from padd_ds import cache
-from padd_ds.config.schema import DataConfig
+from padd_ds.config.schema import DataConfig, FieldsConfig
 from padd_ds.data.batches import supervised_batch
 from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import resolve_template
@@ -144,6 +144,15 @@ def test_right_responses_are_kept_once_and_can_be_trained_on(folder, monkeypatch
     batch = batch_of(rows[:3])
     recorded = TeacherCache.open(folder / "cache")
     recorded.batch(batch["input_ids_BT"], batch["attention_mask_BT"], batch["target_mask_BR"])
+    # All of them, beside the data's own targets of the part; a question as often as it has other words.
+    fields = FieldsConfig(solution="solution")
+    data = DataConfig(source=str(folder / "data.jsonl"), fields=fields, part="A")
+    alone = joint_config(stage="warmup", data=data)
+    beside = joint_config(stage="warmup", data=data, warmup={"responses": str(folder / "cache")})
+    own = read_training_data(alone, make_tokenizer()).problems
+    found = read_training_data(beside, make_tokenizer())
+    assert found.facts["recorded"] == len(wanted)
+    assert [(p.question, p.solution) for p in found.problems] == [(p.question, p.solution) for p in own] + wanted
 
 
 def test_an_interrupted_recording_goes_on_to_the_same_bytes(folder, monkeypatch):
