@@ -23,8 +23,7 @@ TITLES = {
     "converted": "Base: the converted student",
     "sft": "the same after SFT",
     "warmed-up": "the same after Stage I b",
-    "sft-responses": "Base after SFT on the teacher's right responses",
-    "warmed-up-responses": "Base after Stage I b on them",
+    "sft-responses": "Base after SFT on the demonstrations and the teacher's right responses",
     "dense-narrowed": "dense of that active size, cut",
     "dense-sft": "the same after SFT",
     "dense-grpo": "Dense-GRPO",
@@ -33,19 +32,20 @@ TITLES = {
     "rspo": "RSPO",
     "online-kd": "Online KD",
     "padd": "**PADD**",
-    "vanilla-grpo-responses": "Vanilla-GRPO, after SFT on the teacher's right responses",
-    "padd-responses": "**PADD, on the teacher's right responses**",
     "without-i": "w/o I: random experts and router, no warm-up",
     "without-i-b": "w/o I b: no warm-up",
-    "without-i-teacher": "w/o the teacher in I b: SFT",
+    "without-i-teacher": "w/o the teacher in I b: SFT on the demonstrations",
+    "without-responses": "w/o the teacher's responses in I b",
+    "without-i-kd": "w/o KD and prior in I b",
     "without-ii": "w/o II: fixed temperature",
     "without-kd": "w/o II and KD",
     "without-iii": "w/o III: plain GRPO",
     "without-iv": "w/o IV: auxiliary-loss balancing",
     "without-ii-iii-iv": "I alone, then Vanilla-GRPO",
+    "responses-alone": "SFT on the demonstrations and the teacher's right responses, then Vanilla-GRPO",
 }
 MAIN_ROWS = (
-    *("teacher-sft", "teacher", "converted", "sft", "warmed-up", "sft-responses", "warmed-up-responses"),
+    *("teacher-sft", "teacher", "converted", "sft", "warmed-up"),
     *("dense-narrowed", "dense-sft", "dense-grpo"),
 )
 CURVES_SHOWN = (
@@ -53,11 +53,9 @@ CURVES_SHOWN = (
     ("load_max_violation", "load violation"),
     ("router_shift", "router shift within a rollout's updates"),
 )
-RESPONSES = ("vanilla-grpo-responses", "padd-responses")
 OVERVIEW = (
     *("student", "decoding", "seeds", "Teacher (GRPO)", "Vanilla-GRPO", "PADD"),
     *("ahead of Vanilla-GRPO", "of the teacher", "of the best baseline"),
-    *("PADD on the teacher's responses", "ahead of the teacher", "of Vanilla-GRPO on them"),
 )
 OVERVIEW_ROWS = ("teacher", "vanilla-grpo", "padd")
 PROVENANCE = """`{work}` is the folder of all cells, `{here}` that of the row's cell. A commit with a + had changes
@@ -145,7 +143,7 @@ def overview(tables: dict[str, dict[str, Group]], figures: Path) -> str:
     points: dict[str, dict[str, tuple[float, Estimate]]] = defaultdict(dict)
     for shape, rows in tables.items():
         lines += [overview_line(shape, rows, decoding) for decoding in SCORES]
-        for name in ("teacher", "dense-grpo", "vanilla-grpo", "online-kd", "padd", "padd-responses"):
+        for name in ("teacher", "dense-grpo", "vanilla-grpo", "online-kd", "padd"):
             if name in rows:
                 points[TITLES[name].strip("*")][shape] = (active_millions(rows[name]), pooled_scores(rows[name]))
     cost_figure(figures / "cost.svg", {title: list(of.values()) for title, of in points.items()})
@@ -158,15 +156,12 @@ def overview_line(shape: str, rows: dict[str, Group], decoding: str) -> str:
     seeds = [result["seed"] for result in padd]
     rows = {name: [result for result in group if result["seed"] in seeds] for name, group in rows.items()}
     scores = {name: pooled_scores(group, score) for name, group in rows.items() if group}
-    baselines = [name for name in ("dense-grpo", *METHODS) if name in scores and name not in ("padd", *RESPONSES)]
+    baselines = [name for name in ("dense-grpo", *METHODS) if name in scores and name != "padd"]
     best = max(baselines, key=lambda name: scores[name].mean, default=None)
     cells = [headline(SHAPES[shape]), decoding, ", ".join(map(str, seeds))]
     cells += [shown(scores[name]) if name in scores else "" for name in OVERVIEW_ROWS]
     cells += [ahead(rows[name], padd, score) if name in scores else "" for name in ("vanilla-grpo", "teacher")]
     cells.append(f"{TITLES[best]}: {ahead(rows[best], padd, score)}" if best else "")
-    grpo, padd = (rows.get(name, []) for name in RESPONSES)
-    cells += [shown(scores["padd-responses"]), ahead(rows["teacher"], padd, score)] if padd else ["", ""]
-    cells.append(ahead(grpo, padd, score))
     return f"| {' | '.join(cells)} |"
 
 

@@ -87,9 +87,9 @@ class Plan:
         )
 
     def responses(self, seed: int) -> Cell:
-        """What the tuned teacher answers to the questions of part C, one response each, the right ones kept."""
+        """What the tuned teacher answers to the questions of part C, the right responses kept."""
         words = ("padd-cache", "--teacher", model_of(f"seed{seed}/teacher"), "--data", data_of(seed, "train"))
-        what = ("--part", "C", "--responses", "1", "--top-k", "0", "--seed", str(seed))
+        what = ("--part", "C", "--responses", str(self.scale.responses), "--top-k", "0", "--seed", str(seed))
         return Cell(
             name=f"seed{seed}/responses",
             commands=((*words, *what, *self.scale.task.record, "--output", "{here}/cache"),),
@@ -127,28 +127,29 @@ class Plan:
 
     def warmed_up(self, seed: int, shape: str, name: str = "", start: str = "converted", *overrides: str) -> Cell:
         """PADD's student, or with a `name` of its own another one."""
-        return self.trained_on_text(seed, shape, name or "warmed-up", start, *tuned(shape, "warmed-up"), *overrides)
+        overrides = (*tuned(shape, "warmed-up"), *overrides)
+        return self.trained_beside_responses(seed, shape, name or "warmed-up", start, *overrides)
 
-    def trained_on_responses(self, seed: int, shape: str) -> list[Cell]:
-        """The two students once more, from the teacher's own right responses."""
-        data = (f"data.source={{work}}/seed{seed}/responses/cache/responses.jsonl", "data.part=all")
-        students = {
-            "sft-responses": (*SFT, *tuned(shape, "sft")),
-            "warmed-up-responses": tuned(shape, "warmed-up"),
-        }
-        cells = [self.trained_on_text(seed, shape, name, "converted", *of, *data) for name, of in students.items()]
-        return [replace(cell, needs=(*cell.needs, f"seed{seed}/responses")) for cell in cells]
+    def trained_beside_responses(self, seed: int, shape: str, name: str, start: str, *overrides: str) -> Cell:
+        """On the demonstrations and the teacher's right responses, where the scale has them."""
+        if not self.scale.responses:
+            return self.trained_on_text(seed, shape, name, start, *overrides)
+        responses = f"warmup.responses={{work}}/seed{seed}/responses/cache"
+        cell = self.trained_on_text(seed, shape, name, start, *overrides, responses)
+        return replace(cell, needs=(*cell.needs, f"seed{seed}/responses"))
 
     def joint(self, seed: int, shape: str, name: str, method: Method, settings: tuple[str, ...] = ()) -> Cell:
         """`settings`: in place of the tuned ones."""
         before, teacher = f"seed{seed}/{shape}/{method.start}", f"seed{seed}/teacher"
         fixed = (f"model.teacher={model_of(teacher)}", f"steps={self.scale.joint_rollouts}")
-        overrides = (*method.overrides, *(settings or tuned(shape, method.row)), *method.changes)
+        changes = tuple(change.replace("{seed}", str(seed)) for change in method.changes)
+        overrides = (*method.overrides, *(settings or tuned(shape, method.row)), *changes)
+        guided = (f"seed{seed}/responses",) if any("rollout.guidance" in change for change in changes) else ()
         commands = self.train("joint", seed, model_of(before), *fixed, *overrides)
         return Cell(
             name=f"seed{seed}/{shape}/joint/{name}",
             commands=(*commands, self.evaluate(seed, "--routing", "--routing-before", model_of(before))),
-            needs=(f"seed{seed}/teacher-sft", teacher, before),
+            needs=(f"seed{seed}/teacher-sft", teacher, before, *guided),
             facts={"kind": "joint", "method": name, "seed": seed, "shape": shape},
         )
 
@@ -176,7 +177,8 @@ class Plan:
 
     def dense_grpo(self, seed: int, shape: str, name: str, settings: tuple[str, ...]) -> Cell:
         before = f"seed{seed}/{shape}/dense/sft"
-        commands = self.train("teacher_grpo", seed, model_of(before), f"steps={self.scale.joint_rollouts}", *settings)
+        fixed = (f"steps={self.scale.joint_rollouts}", *self.scale.task.dense_joint)
+        commands = self.train("teacher_grpo", seed, model_of(before), *fixed, *settings)
         return Cell(
             name=f"seed{seed}/{shape}/{name}",
             commands=(*commands, self.evaluate(seed)),
@@ -193,7 +195,7 @@ class Plan:
                 if row == "sft":
                     cell = self.trained_on_text(seed, shape, name, "converted", *SFT, *candidate)
                 elif row == "warmed-up":
-                    cell = self.trained_on_text(seed, shape, name, "converted", *candidate)
+                    cell = self.trained_beside_responses(seed, shape, name, "converted", *candidate)
                 elif row == "dense-grpo":
                     cell = self.dense_grpo(seed, shape, name, candidate)
                 else:
@@ -204,9 +206,9 @@ class Plan:
 
     def main_table(self, seed: int, shape: str) -> list[Cell]:
         """Teachers, students before joint training, the dense baseline, and all methods."""
-        students = [self.converted(seed, shape), self.sft(seed, shape), self.warmed_up(seed, shape)]
-        if "padd-responses" in self.scale.methods:
-            students += [self.responses(seed), *self.trained_on_responses(seed, shape)]
+        students = [self.converted(seed, shape), self.sft(seed, shape)]
+        students += [self.responses(seed)] if self.scale.responses else []
+        students.append(self.warmed_up(seed, shape))
         dense = []
         if self.scale.dense:
             dense_grpo = self.dense_grpo(seed, shape, "dense/grpo", tuned(shape, "dense-grpo"))
@@ -217,6 +219,11 @@ class Plan:
     def parts(self, seed: int, shape: str) -> list[Cell]:
         """Ablations, Choices and other students."""
         cells = [self.converted(seed, shape, "without-i/converted", "--cluster", "random", "--router", "random")]
+        cells.append(
+            self.trained_on_text(seed, shape, "demonstrations/warmed-up", "converted", *tuned(shape, "warmed-up"))
+        )
+        rate = next(word for word in tuned(shape, "warmed-up") if word.startswith("optimizer.learning_rate"))
+        cells.append(self.trained_beside_responses(seed, shape, "sft-responses", "converted", *SFT, rate))
         for name, method in (ABLATIONS | CHOICES).items():
             cells.append(self.joint(seed, shape, name, method))
         for name, (options, overrides) in STUDENTS.items():

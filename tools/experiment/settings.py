@@ -13,7 +13,7 @@ class Shape:
     title: str
     convert: tuple[str, ...]
     dense_width: int
-    tuned_as: str = "half"
+    tuned_as: str = "three-quarters"
     """The shape whose search this one takes its settings from."""
 
 
@@ -22,7 +22,6 @@ SHAPES = {
         title="a quarter of the teacher's FFN active",
         convert=("--experts", "16", "--shared-experts", "2", "--top-k", "2"),
         dense_width=128,
-        tuned_as="quarter",
     ),
     "half": Shape(
         title="half of the teacher's FFN active",
@@ -61,6 +60,8 @@ class Task:
     """Options of every conversion."""
     evaluate: tuple[str, ...]
     """Options of every evaluation."""
+    dense_joint: tuple[str, ...] = ()
+    """What the GRPO of a dense baseline has in common with the students' joint training."""
     record: tuple[str, ...] = ()
     """Options under which the teacher writes its own responses."""
 
@@ -89,6 +90,7 @@ TASKS = {
             *("--subject-field", "subject", "--solution-field", "solution", "--max-new-tokens", "48"),
             *("--batch-size", "350", "--samples", "4"),
         ),
+        dense_joint=("rollout.prompts=32", "policy.drop_flat_groups=true"),
         record=(
             *("--pattern", r"#(-?\d+)$", "--answer-format", "pattern", "--template", "plain"),
             *("--subject-field", "subject", "--max-new-tokens", "48", "--batch-size", "350"),
@@ -128,24 +130,23 @@ class Scale:
     )
     teacher_steps: int = 4000
     teacher_rollouts: int = 150
-    warmup_steps: int = 400
+    warmup_steps: int = 1200
     joint_rollouts: int = 60
+    responses: int = 4
+    """That the tuned teacher writes to every question of part C; its right ones are learnt in Stage I b. 0: none."""
     calibration_tokens: int = 16384
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Of the main table; teacher, conversion, warm-up and joint training all follow from one."""
     part_seeds: tuple[int, ...] = (0, 1, 2)
     """Of ablations, Choices and other students, in the first shape."""
-    shapes: tuple[str, ...] = ("quarter", "half", "three-quarters", "twice")
-    methods: tuple[str, ...] = (
-        *("vanilla-grpo", "gspo", "rspo", "online-kd", "padd"),
-        *("vanilla-grpo-responses", "padd-responses"),
-    )
+    shapes: tuple[str, ...] = ("three-quarters", "half", "twice", "quarter")
+    methods: tuple[str, ...] = ("vanilla-grpo", "gspo", "rspo", "online-kd", "padd")
     dense: bool = True
     """Whether there is a dense model of the student's active size."""
     train_problems: int = 3000
     validation_problems: int = 150
     test_problems: int = 200
-    searched: tuple[str, ...] = ("quarter", "half")
+    searched: tuple[str, ...] = ("three-quarters",)
     """Shapes with a search for learning rates and weights, on validation questions."""
 
 
@@ -156,11 +157,12 @@ SCALES = {
         teacher_rollouts=40,
         warmup_steps=60,
         joint_rollouts=24,
+        responses=1,
         calibration_tokens=4096,
         seeds=(0,),
         part_seeds=(),
         searched=(),
-        shapes=("half",),
+        shapes=("three-quarters",),
         test_problems=60,
     ),
     "smallest": Scale(
@@ -178,7 +180,7 @@ SCALES = {
         searched=(),
         shapes=("half",),
         # Its teacher answers nothing right.
-        methods=("vanilla-grpo", "gspo", "rspo", "online-kd", "padd"),
+        responses=0,
         train_problems=40,
         validation_problems=2,
         test_problems=2,
@@ -189,6 +191,7 @@ SCALES = {
         teacher_rollouts=12,
         warmup_steps=120,
         joint_rollouts=20,
+        responses=0,
         calibration_tokens=8192,
         seeds=(0,),
         part_seeds=(),
@@ -224,23 +227,24 @@ METHODS: dict[str, Method] = {
     "online-kd": Method(row="online-kd", overrides=(*GRPO, "distillation.temperature_rule=fixed")),
     "padd": Method(row="padd", overrides=("balance.load_rate=0.1",), start="warmed-up"),
 }
-METHODS["vanilla-grpo-responses"] = replace(METHODS["vanilla-grpo"], start="sft-responses")
-METHODS["padd-responses"] = replace(METHODS["padd"], start="warmed-up-responses")
-"""The main table. The baselines have no Stage I b: their student has learnt from the same demonstrations alone.
-The last two have had, in place of these, the teacher's own right responses to the questions of part C."""
+"""The main table. The baselines have no Stage I b and no teacher in it: their student has learnt from the same
+demonstrations alone."""
 
 PADD = METHODS["padd"]
 ABLATIONS: dict[str, Method] = {
     "without-i": replace(PADD, start="without-i/converted"),
     "without-i-b": replace(PADD, start="converted"),
     "without-i-teacher": replace(PADD, start="sft"),
+    "without-responses": replace(PADD, start="demonstrations/warmed-up"),
+    "without-i-kd": replace(PADD, start="sft-responses"),
     "without-ii": replace(PADD, changes=("distillation.temperature_rule=fixed",)),
     "without-kd": replace(PADD, changes=("distillation.weight=0",)),
     "without-iii": replace(PADD, changes=("policy.objective=grpo",)),
     "without-iv": replace(PADD, changes=("balance.kind=aux_loss",)),
     "without-ii-iii-iv": replace(METHODS["vanilla-grpo"], start="warmed-up"),
+    "responses-alone": replace(METHODS["vanilla-grpo"], start="sft-responses"),
 }
-"""PADD without one stage each, and without all but the first."""
+"""PADD without one stage each, without all but the first, and without all but the teacher's right responses."""
 
 CHOICES: dict[str, Method] = {
     "temperature-literal": replace(
@@ -249,6 +253,9 @@ CHOICES: dict[str, Method] = {
     "no-ceiling": replace(PADD, changes=("distillation.temperature_ceiling=2",)),
     "sign-literal": replace(PADD, changes=("balance.sign=literal",)),
     "bias-integrated": replace(PADD, changes=("balance.reward_bias=integrated",)),
+    "guided": replace(PADD, changes=("rollout.guidance={work}/seed{seed}/responses/cache",)),
+    "kd-linear": replace(PADD, changes=("distillation.schedule=linear",)),
+    "kd-failure": replace(PADD, changes=("distillation.weighting=failure",)),
     "shift-relative": replace(PADD, changes=("policy.shift_measure=relative",)),
     "shift-selected": replace(PADD, changes=("policy.shift_measure=selected",)),
     "all-literal": replace(
@@ -277,28 +284,19 @@ def _rates(*rates: str, also: str = "") -> tuple[tuple[str, ...], ...]:
     return tuple((f"optimizer.learning_rate={rate}", *also.split()) for rate in rates)
 
 
-_GRPO_RATES = _rates("3e-5", "1e-4", "3e-4", "1e-3")
-_KD_RATES = _rates("3e-5", "1e-4", "3e-4", "1e-3", also="distillation.weight=2")
-_KD_WEIGHTS = tuple(("optimizer.learning_rate=1e-4", f"distillation.weight={weight}") for weight in ("0.5", "5"))
-_SHARPER = (*_KD_RATES[1], "distillation.temperature=0.5")
+_GRPO_RATES = _rates("1e-4", "3e-4")
+_KD = (*_rates("1e-4", "3e-4", also="distillation.weight=0.5"), *_rates("1e-4", also="distillation.weight=2"))
+_SHARPER = (*_KD[0], "distillation.temperature=0.5")
 _GAMMA = "balance.reward_rate"
 SEARCH: dict[str, tuple[tuple[str, ...], ...]] = {
-    "sft": _rates("3e-4", "1e-3", "3e-3"),
-    "warmed-up": (
-        *_rates("3e-4", "1e-3", "3e-3", also="warmup.kd_weight=2"),
-        *_rates("1e-3", also="warmup.kd_weight=0.5"),
-        *_rates("1e-3", also="warmup.kd_weight=8"),
-    ),
+    "sft": (*_rates("3e-4", "1e-3"), *_rates("3e-4", also="steps=400")),
+    "warmed-up": tuple(_rates("1e-3", also=f"warmup.kd_weight={weight}")[0] for weight in ("0.1", "0.5", "2")),
     "dense-grpo": _GRPO_RATES,
     "vanilla-grpo": _GRPO_RATES,
     "gspo": _GRPO_RATES,
     "rspo": _GRPO_RATES,
-    "online-kd": (*_KD_RATES, *_KD_WEIGHTS, _SHARPER),
-    "padd": (
-        *((*candidate, f"{_GAMMA}=0.01") for candidate in _KD_RATES + _KD_WEIGHTS),
-        *((*_KD_RATES[1], f"{_GAMMA}={gamma}") for gamma in ("0", "0.05")),
-        (*_SHARPER, f"{_GAMMA}=0.05"),
-    ),
+    "online-kd": (*_KD, _SHARPER),
+    "padd": (*((*candidate, f"{_GAMMA}=0.01") for candidate in (*_KD, _SHARPER)), (*_SHARPER, f"{_GAMMA}=0.05")),
 }
 """What was tried on validation questions with the first seed: the same for every row that has the setting."""
 
@@ -309,8 +307,7 @@ def _taken(**candidates: int) -> dict[str, tuple[str, ...]]:
 
 
 TUNED: dict[str, dict[str, tuple[str, ...]]] = {
-    "quarter": _taken(sft=1, warmed_up=2, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=1, padd=7),
-    "half": _taken(sft=0, warmed_up=4, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=1, online_kd=6, padd=8),
+    "three-quarters": _taken(sft=0, warmed_up=0, dense_grpo=0, vanilla_grpo=0, gspo=0, rspo=0, online_kd=3, padd=3),
     "smollm2": {
         "sft": ("optimizer.learning_rate=1e-4",),
         "warmed-up": ("optimizer.learning_rate=1e-4", "warmup.kd_weight=2"),
