@@ -254,3 +254,27 @@ def test_replay_of_the_rollout_reaches_the_scores_and_the_updates() -> None:
     replayed = run_ranks(one_step_each, 2, [{"routing": RoutingConfig(replay="rollout")}])[0][0]
     assert replayed["metrics"]["router_flips"] == 0
     assert replayed["metrics"]["router_shift"] > 0
+
+
+def one_rank_without_spread(ranks: Ranks, spread_on: list[int]) -> dict[str, Any]:
+    """A step in which only the ranks of `spread_on` have groups to learn from."""
+    policy = {"updates_per_rollout": 2, "drop_flat_groups": True}
+    spread = ranks.rank in spread_on
+    checker = FixedChecker(lambda text, gold: spread and len(text) % 2 == 0)
+    stage = make_joint_stage(ranks, joint_config(policy=policy, reward={"format_weight": 0.0}), 2, checker)
+    before = stage.student.layers[0].experts.w1.detach().clone()
+    metrics = dict(stage.step(0).metrics)
+    shared = {name: p.detach() for name, p in stage.student.model.named_parameters() if ".experts." not in name}
+    moved = float((stage.student.layers[0].experts.w1 - before).abs().max())
+    return {"metrics": metrics, "shared": shared, "moved": moved}
+
+
+@pytest.mark.parametrize("spread_on", [[0], []], ids=["one rank has nothing to learn from", "no rank has"])
+def test_a_rank_whose_groups_are_all_dropped_keeps_step_with_the_others(spread_on: list[int]) -> None:
+    first, second = run_ranks(one_rank_without_spread, 2, spread_on)
+    for name, weights in first["shared"].items():
+        assert torch.equal(weights, second["shared"][name]), name
+    assert first["metrics"]["groups_without_spread"] >= 0.5
+    assert all(math.isfinite(value) for value in first["metrics"].values())
+    # Without a gradient only weight decay is left.
+    assert (first["moved"] > 1e-4) == (second["moved"] > 1e-4) == bool(spread_on)

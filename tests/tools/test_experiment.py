@@ -154,8 +154,8 @@ def test_a_change_reaches_all_that_follows_from_it(tmp_path, repository):
     assert not changed(tmp_path, SCALES["full"])
     run_file.write_text(run_file.read_text().replace("batch_size: 32, init", "batch_size: 16, init"))
     found = changed(tmp_path, SCALES["full"])
-    assert {"seed0/quarter/sft", "seed0/quarter/joint/padd"} <= found
-    assert "seed0/quarter/converted" not in found and "seed0/teacher" not in found
+    assert {"seed0/half/sft", "seed0/half/joint/padd"} <= found
+    assert "seed0/half/converted" not in found and "seed0/teacher" not in found
 
 
 def test_a_failing_command_is_named_and_leaves_no_cell(cells, tmp_path):
@@ -271,9 +271,9 @@ def test_the_page_has_every_row_its_figures_and_its_commands(tmp_path):
         assert title in text
     assert "| **PADD** | 0, 1, 2, 3, 4 | 0.5 of 1 | 75.0 (" in text and "+25.0 (" in text
     overview = text.split("## Overview")[1].split("## ")[0]
-    assert overview.count("| greedy | 0, 1, 2, 3, 4 |") == overview.count("| sampled | 0, 1, 2, 3, 4 |") == 4
-    assert overview.count("| 75.0 (") == 4 and overview.count("Dense-GRPO: +25.0 (") == 4
-    assert overview.count("| 62.5 (") == 4 and overview.count("Dense-GRPO: +12.5 (") == 4
+    assert overview.count("| greedy | 0, 1, 2, 3, 4 |") == overview.count("| sampled | 0, 1, 2, 3, 4 |") == 3
+    assert overview.count("| 75.0 (") == 3 and overview.count("Dense-GRPO: +25.0 (") == 3
+    assert overview.count("| 62.5 (") == 3 and overview.count("Dense-GRPO: +12.5 (") == 3
     searches = text.split("## The search, ")[1:]
     assert len(searches) == len(SCALES["full"].searched) == 1
     for part in searches:
@@ -282,7 +282,7 @@ def test_the_page_has_every_row_its_figures_and_its_commands(tmp_path):
         assert search.count("| **`") == len(SEARCH)
     for figure in (tmp_path / "page").iterdir():
         assert f"(page/{figure.name})" in text
-    assert len(list((tmp_path / "page").iterdir())) == 17
+    assert len(list((tmp_path / "page").iterdir())) == 13
 
 
 def test_parts_without_padd_itself_make_a_page_all_the_same(tmp_path):

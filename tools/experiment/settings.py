@@ -18,11 +18,6 @@ class Shape:
 
 
 SHAPES = {
-    "quarter": Shape(
-        title="a quarter of the teacher's FFN active",
-        convert=("--experts", "16", "--shared-experts", "2", "--top-k", "2"),
-        dense_width=128,
-    ),
     "half": Shape(
         title="half of the teacher's FFN active",
         convert=("--experts", "16", "--shared-experts", "2", "--top-k", "6"),
@@ -139,7 +134,7 @@ class Scale:
     """Of the main table; teacher, conversion, warm-up and joint training all follow from one."""
     part_seeds: tuple[int, ...] = (0, 1, 2)
     """Of ablations, Choices and other students, in the first shape."""
-    shapes: tuple[str, ...] = ("three-quarters", "half", "twice", "quarter")
+    shapes: tuple[str, ...] = ("three-quarters", "half", "twice")
     methods: tuple[str, ...] = ("vanilla-grpo", "gspo", "rspo", "online-kd", "padd")
     dense: bool = True
     """Whether there is a dense model of the student's active size."""
