@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from padd_ds.config.schema import RoutingConfig
+from padd_ds.data.split import normalise_question
 from padd_ds.engine.ranks import Ranks
 from padd_ds.moe.load import choice_flips
+from padd_ds.rollout.guidance import Guidance
 from padd_ds.stages.stage import MetricSums
 from tests.ranks import run_ranks
-from tests.world import FixedChecker, joint_config, make_joint_stage
+from tests.world import FixedChecker, joint_config, make_joint_stage, problems
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
@@ -278,3 +280,26 @@ def test_a_rank_whose_groups_are_all_dropped_keeps_step_with_the_others(spread_o
     assert all(math.isfinite(value) for value in first["metrics"].values())
     # Without a gradient only weight decay is left.
     assert (first["moved"] > 1e-4) == (second["moved"] > 1e-4) == bool(spread_on)
+
+
+def guided_steps(ranks: Ranks, replay: str) -> list[dict[str, float]]:
+    """Two steps whose own responses are all wrong, the teacher's answer being the gold one."""
+    guidance = Guidance(texts={normalise_question(problem.question): [problem.answer] for problem in problems()})
+    config = joint_config(reward={"format_weight": 0.0}, routing={"replay": replay})
+    golds = {problem.answer for problem in problems()}
+    checker = FixedChecker(lambda text, gold: text == gold and gold in golds)
+    stage = make_joint_stage(ranks, config, 2, checker, guidance)
+    return [dict(stage.step(step).metrics) for step in range(2)]
+
+
+@pytest.mark.parametrize("replay", ["off", "rollout"])
+def test_groups_that_fail_learn_from_the_teachers_responses(replay: str) -> None:
+    first, second = run_ranks(guided_steps, 2, replay)
+    for mine, other in zip(first, second, strict=True):
+        assert mine["groups_guided"] == other["groups_guided"] > 0
+        assert mine["groups_guided"] + mine["reward_correct"] <= 1
+        # Rewards are the student's own; the gradient is that of groups with one right response.
+        assert mine["grad_norm"] > 0 and math.isfinite(mine["loss_policy"])
+    if replay == "rollout":
+        # The rollout did not route the teacher's tokens, so these alone may choose anew.
+        assert first[0]["router_flips_rollout"] == 0

@@ -26,6 +26,7 @@ TITLES = {
     "sft-responses": "Base after SFT on the demonstrations and the teacher's right responses",
     "dense-narrowed": "dense of that active size, cut",
     "dense-sft": "the same after SFT",
+    "dense-sft-responses": "dense, cut, after SFT on the demonstrations and the teacher's right responses",
     "dense-grpo": "Dense-GRPO",
     "vanilla-grpo": "Vanilla-GRPO",
     "gspo": "GSPO",
@@ -46,7 +47,7 @@ TITLES = {
 }
 MAIN_ROWS = (
     *("teacher-sft", "teacher", "converted", "sft", "warmed-up"),
-    *("dense-narrowed", "dense-sft", "dense-grpo"),
+    *("dense-narrowed", "dense-sft", "dense-sft-responses", "dense-grpo"),
 )
 CURVES_SHOWN = (
     ("reward_correct", "right answers in rollouts"),

@@ -175,6 +175,19 @@ class Plan:
             facts={"kind": "dense-sft", "seed": seed, "shape": shape},
         )
 
+    def dense_sft_responses(self, seed: int, shape: str) -> Cell:
+        """The dense model with all that the teacher's right responses give, and no experts."""
+        before = f"seed{seed}/{shape}/dense/narrowed"
+        rate = next(word for word in tuned(shape, "warmed-up") if word.startswith("optimizer.learning_rate"))
+        responses = f"warmup.responses={{work}}/seed{seed}/responses/cache"
+        fixed = (f"steps={self.scale.warmup_steps}", *SFT, rate, responses)
+        return Cell(
+            name=f"seed{seed}/{shape}/dense/sft-responses",
+            commands=(*self.train("warmup", seed, model_of(before), *fixed), self.evaluate(seed)),
+            needs=(f"seed{seed}/teacher-sft", before, f"seed{seed}/responses"),
+            facts={"kind": "dense-sft-responses", "seed": seed, "shape": shape},
+        )
+
     def dense_grpo(self, seed: int, shape: str, name: str, settings: tuple[str, ...]) -> Cell:
         before = f"seed{seed}/{shape}/dense/sft"
         fixed = (f"steps={self.scale.joint_rollouts}", *self.scale.task.dense_joint)
@@ -213,6 +226,7 @@ class Plan:
         if self.scale.dense:
             dense_grpo = self.dense_grpo(seed, shape, "dense/grpo", tuned(shape, "dense-grpo"))
             dense = [self.narrowed(seed, shape), self.dense_sft(seed, shape), dense_grpo]
+            dense += [self.dense_sft_responses(seed, shape)] if self.scale.responses else []
         joint = [self.joint(seed, shape, name, METHODS[name]) for name in self.scale.methods]
         return [self.teacher_sft(seed), self.teacher(seed), *students, *dense, *joint]
 
