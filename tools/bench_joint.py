@@ -46,8 +46,10 @@ def main() -> None:
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all variants")
     arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error(f"--steps {arguments.steps} is too few for a spread; take 2 or more")
     if arguments.only is not None:
-        seconds = measure(arguments, [arguments.only])
+        measure(arguments, [arguments.only])
         print(json.dumps(peak_mib()))
         return
     memory = {} if launched_rank() is not None else {name: memory_of(name) for name in VARIANTS}
