@@ -19,6 +19,8 @@ EVAL_ARGS ?=
 CALIBRATION ?=
 EVALUATION ?=
 
+# A process per core; tests of one file stay together, for what they build once.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 LINTED := padd_ds tests tools
 RUFF_RULES := --line-length 120 --select E,F,I,B,UP,SIM,C4,RUF --ignore SIM905,RUF005
 
@@ -42,10 +44,10 @@ demo-tiny: $(READY)  ## the same in minutes, with a tiny teacher trained from sc
 	$(BIN)/python tools/demo.py --size tiny --output demo-tiny --overwrite
 
 test: lint  ## lint, types and all tests (CI runs this)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: lint  ## all but the tests marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check $(RUFF_RULES) $(LINTED)

@@ -1,6 +1,7 @@
 """Shared test set-up: one thread per process, no network, build caches of their own."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,10 @@ os.environ.update(
     # A run that was killed while building an op leaves a lock in the shared cache and blocks the next one.
     TORCH_EXTENSIONS_DIR=tempfile.mkdtemp(prefix="padd-test-extensions-"),
 )
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

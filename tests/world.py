@@ -4,7 +4,8 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from padd_ds.config.schema import DataConfig, ModelConfig, OptimizerConfig, RewardConfig, RolloutConfig, RunConfig
+from padd_ds.config.schema import RunConfig
+from padd_ds.config.sections import DataConfig, ModelConfig, OptimizerConfig, RewardConfig, RolloutConfig
 from padd_ds.data.answers import AnswerFormat
 from padd_ds.data.problems import Problem
 from padd_ds.engine.ranks import Ranks

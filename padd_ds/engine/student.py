@@ -13,7 +13,8 @@ import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from transformers import get_scheduler
 
-from padd_ds.config.schema import OptimizerConfig, RunConfig
+from padd_ds.config.schema import RunConfig
+from padd_ds.config.sections import OptimizerConfig
 from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.ranks import Ranks
 from padd_ds.moe.masked import masked_experts

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from padd_ds.config.schema import RolloutConfig
+from padd_ds.config.sections import RolloutConfig
 from padd_ds.data.batches import batch_indices, prompt_batch
 from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import PromptTemplate, render

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from padd_ds.config.schema import DataConfig, RunConfig
+from padd_ds.config.schema import RunConfig
+from padd_ds.config.sections import DataConfig
 from padd_ds.data.problems import FieldMap, Problem, map_rows
 from padd_ds.data.prompts import PromptTemplate, render, render_target, resolve_template
 from padd_ds.data.sources import read_rows

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from padd_ds.config.schema import BalanceConfig, PolicyConfig, RewardConfig
+from padd_ds.config.sections import BalanceConfig, PolicyConfig, RewardConfig
 from padd_ds.losses.policy import PolicyOptions
 from padd_ds.moe.balance import BalanceOptions
 from padd_ds.rollout.rewards import RewardOptions

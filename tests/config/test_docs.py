@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from padd_ds.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from padd_ds.config.schema import RunConfig
+from padd_ds.config.sections import DataConfig, ModelConfig, OptimizerConfig
 
 REQUIRED = "required"
 

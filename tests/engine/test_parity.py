@@ -7,7 +7,8 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-from padd_ds.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from padd_ds.config.schema import RunConfig
+from padd_ds.config.sections import DataConfig, ModelConfig, OptimizerConfig
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
 from padd_ds.engine.weights import EXPERT_NAMES, checkpoint_name, local_tensors

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from padd_ds import cache
-from padd_ds.config.schema import DataConfig, FieldsConfig
+from padd_ds.config.sections import DataConfig, FieldsConfig
 from padd_ds.data.batches import supervised_batch
 from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import resolve_template

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from padd_ds.config.schema import LogConfig
+from padd_ds.config.sections import LogConfig
 from padd_ds.engine.ranks import Ranks
 from padd_ds.rollout.guidance import Guidance
 from padd_ds.stages.stage import StepReport

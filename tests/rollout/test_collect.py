@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from padd_ds.config.schema import RolloutConfig
+from padd_ds.config.sections import RolloutConfig
 from padd_ds.data.prompts import PromptTemplate
 from padd_ds.rollout.collect import Collector
 from padd_ds.rollout.generation import Responses, Sampling

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from padd_ds.config.schema import RoutingConfig
+from padd_ds.config.sections import RoutingConfig
 from padd_ds.data.split import normalise_question
 from padd_ds.engine.ranks import Ranks
 from padd_ds.moe.load import choice_flips

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from padd_ds.config.schema import OptimizerConfig, RunConfig, WarmupConfig
+from padd_ds.config.schema import RunConfig
+from padd_ds.config.sections import OptimizerConfig, WarmupConfig
 from padd_ds.conversion.targets import ConversionTargets
 from padd_ds.engine.ranks import Ranks
 from padd_ds.losses.prior import expert_prior

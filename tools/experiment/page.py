@@ -11,7 +11,7 @@ from tools.experiment.cell import Cell
 from tools.experiment.figures import bars_figure, cost_figure, curves_figure
 from tools.experiment.result import Result, current_results
 from tools.experiment.search import search_section
-from tools.experiment.settings import ABLATIONS, CHOICES, METHODS, SHAPES, STUDENTS, Scale, Shape
+from tools.experiment.settings import ABLATIONS, CHOICES, IDEAS, METHODS, SHAPES, STUDENTS, Scale, Shape
 from tools.experiment.statistics import Estimate, over_seeds, paired_over_questions, pooled
 
 Group = list[Result]
@@ -37,7 +37,6 @@ TITLES = {
     "without-i-b": "w/o I b: no warm-up",
     "without-i-teacher": "w/o the teacher in I b: SFT on the demonstrations",
     "without-responses": "w/o the teacher's responses in I b",
-    "without-i-kd": "w/o KD and prior in I b",
     "without-ii": "w/o II: fixed temperature",
     "without-kd": "w/o II and KD",
     "without-iii": "w/o III: plain GRPO",
@@ -130,7 +129,7 @@ def part_rows(there: dict[str, Result], shape: str) -> dict[str, Group]:
     for result in there.values():
         if result.get("shape") == shape and result["kind"] == "joint":
             rows[result["method"]].append(result)
-    names = (*ABLATIONS, *CHOICES, *STUDENTS)
+    names = (*ABLATIONS, *CHOICES, *STUDENTS, *IDEAS)
     return {name: in_order(rows[name]) for name in names if name in rows}
 
 

@@ -6,6 +6,7 @@ from tools.experiment.cell import ROOT, Cell, with_inputs
 from tools.experiment.settings import (
     ABLATIONS,
     CHOICES,
+    IDEAS,
     METHODS,
     PADD,
     SEARCH,
@@ -231,14 +232,15 @@ class Plan:
         return [self.teacher_sft(seed), self.teacher(seed), *students, *dense, *joint]
 
     def parts(self, seed: int, shape: str) -> list[Cell]:
-        """Ablations, Choices and other students."""
+        """Ablations, Choices and other students; ideas for the first seed."""
         cells = [self.converted(seed, shape, "without-i/converted", "--cluster", "random", "--router", "random")]
         cells.append(
             self.trained_on_text(seed, shape, "demonstrations/warmed-up", "converted", *tuned(shape, "warmed-up"))
         )
         rate = next(word for word in tuned(shape, "warmed-up") if word.startswith("optimizer.learning_rate"))
         cells.append(self.trained_beside_responses(seed, shape, "sft-responses", "converted", *SFT, rate))
-        for name, method in (ABLATIONS | CHOICES).items():
+        ideas = IDEAS if seed == self.scale.part_seeds[0] else {}
+        for name, method in (ABLATIONS | CHOICES | ideas).items():
             cells.append(self.joint(seed, shape, name, method))
         for name, (options, overrides) in STUDENTS.items():
             start = "converted"

@@ -126,14 +126,14 @@ class Scale:
     teacher_steps: int = 4000
     teacher_rollouts: int = 150
     warmup_steps: int = 1200
-    joint_rollouts: int = 60
+    joint_rollouts: int = 30
     responses: int = 4
     """That the tuned teacher writes to every question of part C; its right ones are learnt in Stage I b. 0: none."""
     calibration_tokens: int = 16384
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Of the main table; teacher, conversion, warm-up and joint training all follow from one."""
     part_seeds: tuple[int, ...] = (0, 1, 2)
-    """Of ablations, Choices and other students, in the first shape."""
+    """Of ablations, Choices and other students, in the first shape; IDEAS have the first of them."""
     shapes: tuple[str, ...] = ("three-quarters", "half", "twice")
     methods: tuple[str, ...] = ("vanilla-grpo", "gspo", "rspo", "online-kd", "padd")
     dense: bool = True
@@ -231,7 +231,6 @@ ABLATIONS: dict[str, Method] = {
     "without-i-b": replace(PADD, start="converted"),
     "without-i-teacher": replace(PADD, start="sft"),
     "without-responses": replace(PADD, start="demonstrations/warmed-up"),
-    "without-i-kd": replace(PADD, start="sft-responses"),
     "without-ii": replace(PADD, changes=("distillation.temperature_rule=fixed",)),
     "without-kd": replace(PADD, changes=("distillation.weight=0",)),
     "without-iii": replace(PADD, changes=("policy.objective=grpo",)),
@@ -245,14 +244,9 @@ CHOICES: dict[str, Method] = {
     "temperature-literal": replace(
         PADD, changes=("distillation.temperature_rule=literal", "distillation.temperature_ceiling=2")
     ),
-    "no-ceiling": replace(PADD, changes=("distillation.temperature_ceiling=2",)),
     "sign-literal": replace(PADD, changes=("balance.sign=literal",)),
     "bias-integrated": replace(PADD, changes=("balance.reward_bias=integrated",)),
-    "guided": replace(PADD, changes=("rollout.guidance={work}/seed{seed}/responses/cache",)),
-    "kd-linear": replace(PADD, changes=("distillation.schedule=linear",)),
-    "kd-failure": replace(PADD, changes=("distillation.weighting=failure",)),
     "shift-relative": replace(PADD, changes=("policy.shift_measure=relative",)),
-    "shift-selected": replace(PADD, changes=("policy.shift_measure=selected",)),
     "all-literal": replace(
         PADD,
         changes=(
@@ -264,6 +258,15 @@ CHOICES: dict[str, Method] = {
     ),
 }
 """Each Choice in the other form, the paper's literal one where there is one."""
+
+IDEAS: dict[str, Method] = {
+    "no-ceiling": replace(PADD, changes=("distillation.temperature_ceiling=2",)),
+    "guided": replace(PADD, changes=("rollout.guidance={work}/seed{seed}/responses/cache",)),
+    "kd-linear": replace(PADD, changes=("distillation.schedule=linear",)),
+    "kd-failure": replace(PADD, changes=("distillation.weighting=failure",)),
+    "shift-selected": replace(PADD, changes=("policy.shift_measure=selected",)),
+}
+"""What else was tried to put PADD ahead; with the first seed alone."""
 
 STUDENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "random-clusters": (("--cluster", "random"), ()),
