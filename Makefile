@@ -29,7 +29,7 @@ STUDENT ?= repro/full/seed0/half/warmed-up/model
 TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast eval-gsm8k eval-math500 bench-convert bench-joint \
+.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm eval-gsm8k eval-math500 bench-convert bench-joint \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
@@ -48,6 +48,10 @@ test: lint  ## lint, types and all tests (CI runs this)
 
 test-fast: lint  ## all but the tests marked slow
 	$(PYTEST) -m "not slow"
+
+test-slurm: $(READY)  ## the jobs of slurm/ on a real Slurm of two nodes on this host (root; Debian's slurm-wlm and munge)
+	trap 'tools/slurm_testbed.sh stop .cache/slurm' EXIT; tools/slurm_testbed.sh start .cache/slurm; \
+	    SLURM_CONF=$(CURDIR)/.cache/slurm/slurm.conf $(BIN)/python -m pytest tests/slurm
 
 lint: $(READY)
 	$(BIN)/ruff check $(RUFF_RULES) $(LINTED)

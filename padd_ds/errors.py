@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 
 EXIT_CODE_USER_ERROR = 2
+EXIT_CODE_STOPPED = 75
+"""A signal asked the run to stop, and it can be resumed: what sysexits.h calls a temporary failure."""
 
 
 class UserError(Exception):
@@ -12,6 +14,10 @@ class UserError(Exception):
     The message is one line that names the file or key, the value, the rule and the remedy.
     Raised before any work is done; entry points turn it into exit code 2 without a traceback.
     """
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or a gradient is not finite; raised on all ranks before the weights change."""
 
 
 class OneRankError(UserError):

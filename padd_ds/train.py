@@ -4,16 +4,21 @@ Runs under deepspeed, torchrun, srun and mpirun, or alone on one rank.
 """
 
 import argparse
+import json
 import logging
 import sys
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from padd_ds.config.deepspeed_json import load_deepspeed_json
 from padd_ds.config.describe import describe_options
-from padd_ds.config.load import load_run_config
-from padd_ds.errors import EXIT_CODE_USER_ERROR, OneRankError, UserError
+from padd_ds.config.load import as_yaml, load_run_config
+from padd_ds.errors import EXIT_CODE_STOPPED, EXIT_CODE_USER_ERROR, OneRankError, TrainingDiverged, UserError
 from padd_ds.launcher import launched_rank
+from padd_ds.run.lock import run_lock
+from padd_ds.run.stop import StoppedEarly
 
 EPILOG = """examples:
   deepspeed --num_accelerators 2 padd_ds/train.py --config ds_configs/runs/warmup.yaml run_dir=runs/a
@@ -30,9 +35,16 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, help="run configuration (YAML), for example ds_configs/runs/warmup.yaml")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of run_dir")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of run_dir")
+    again.add_argument(
+        "--resume-or-start", action="store_true", help="go on where run_dir is there, else start: for requeued jobs"
+    )
     parser.add_argument(
         "--options", action="store_true", help="list every option with its default and meaning, then exit"
+    )
+    parser.add_argument(
+        "--show-config", action="store_true", help="print the resolved run configuration and DeepSpeed JSON, then exit"
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the YAML file")
@@ -45,10 +57,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Check, build, train; UserError before any work where an input is wrong."""
     config = load_run_config(arguments.config, arguments.overrides)
+    if arguments.show_config:
+        print(
+            as_yaml(config), f"# {config.deepspeed}", json.dumps(load_deepspeed_json(Path(config.deepspeed))), sep="\n"
+        )
+        return
 
     # Imported late: --help and a wrong key should not wait for torch.
     from padd_ds.engine.checkpoint import find_checkpoints
-    from padd_ds.engine.ranks import start_ranks, stop_ranks, together
+    from padd_ds.engine.ranks import any_rank, start_ranks, stop_ranks, together
     from padd_ds.run.folder import check_run_folder, keep_student_files, start_run_folder
     from padd_ds.run.loop import train
     from padd_ds.stages.build import open_stage, read_inputs
@@ -58,13 +75,16 @@ def run(arguments: argparse.Namespace) -> None:
     ranks = start_ranks()
     quiet_libraries()
     try:
-        together(lambda: check_run_folder(folder, arguments.resume), ranks)
-        inputs = together(lambda: read_inputs(config, ranks.world), ranks)
-        checkpoints = together(lambda: find_checkpoints(folder) if arguments.resume else [], ranks)
-        resumed = checkpoints[-1] if checkpoints else None
-        together(lambda: start_run_folder(folder, config, ranks.world, resumed) if ranks.is_main else None, ranks)
-        together(lambda: write_data_report(inputs.data, folder, say) if ranks.is_main else None, ranks)
-        with open_stage(inputs, ranks) as stage:
+        with ExitStack() as stack:
+            resume = arguments.resume or (arguments.resume_or_start and any_rank(folder.is_dir(), ranks))
+            together(lambda: check_run_folder(folder, resume), ranks)
+            inputs = together(lambda: read_inputs(config, ranks.world), ranks)
+            together(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main else None, ranks)
+            checkpoints = together(lambda: find_checkpoints(folder) if resume else [], ranks)
+            resumed = checkpoints[-1] if checkpoints else None
+            together(lambda: start_run_folder(folder, config, ranks.world, resumed) if ranks.is_main else None, ranks)
+            together(lambda: write_data_report(inputs.data, folder, say) if ranks.is_main else None, ranks)
+            stage = stack.enter_context(open_stage(inputs, ranks))
             model, source = stage.student.model, Path(config.model.student)
             keep = partial(keep_student_files, folder, model, inputs.tokenizer, source)
             together(lambda: keep() if ranks.is_main else None, ranks)
@@ -100,6 +120,14 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         run(parsed)
+    except StoppedEarly as stopped:
+        if launched_rank() in (None, 0):
+            say(f"{stopped}, and saved; the same command with --resume goes on")
+        sys.exit(EXIT_CODE_STOPPED)
+    except TrainingDiverged as error:
+        if launched_rank() in (None, 0):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except UserError as error:
         if launched_rank() in (None, 0) or isinstance(error, OneRankError):
             print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,12 @@ host=$(hostname -s)
 cpus=$(nproc)
 
 stop() {
+    # Jobs first: their processes would outlive the daemons.
+    if [ -f "$dir/slurmctld.pid" ]; then
+        export SLURM_CONF=$dir/slurm.conf
+        squeue --noheader --format %A | xargs --no-run-if-empty scancel || true
+        for _ in $(seq 20); do [ -n "$(squeue --noheader)" ] && sleep 1; done
+    fi
     for name in slurmd-n1 slurmd-n2 slurmctld munged; do
         [ -f "$dir/$name.pid" ] && kill "$(cat "$dir/$name.pid")" 2>/dev/null || true
     done
@@ -18,6 +24,8 @@ start() {
     for tool in slurmctld slurmd munged; do
         command -v "$tool" >/dev/null || { echo "error: $tool not found; apt-get install slurm-wlm munge" >&2; exit 2; }
     done
+    # Without the jobs of an earlier test bed.
+    rm -rf "$dir/state"
     mkdir -p "$dir"/{state,spool-n1,spool-n2,munge}
     chmod 700 "$dir/munge"
     [ -f "$dir/munge/key" ] || { head -c 1024 /dev/urandom >"$dir/munge/key"; chmod 400 "$dir/munge/key"; }
@@ -27,12 +35,14 @@ start() {
 ClusterName=testbed
 SlurmctldHost=$host
 AuthType=auth/munge
-AuthInfo=socket=$dir/munge/socket
+AuthInfo=socket=$dir/munge/socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmctldPort=6827
 SlurmctldPidFile=$dir/slurmctld.pid
 SlurmdPidFile=$dir/slurmd-%n.pid
+# A requeued job waits as long as a credential lives, so that is short; KillWait is what a rank has after SIGTERM.
+KillWait=10
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool-%n
 SlurmctldLogFile=$dir/slurmctld.log

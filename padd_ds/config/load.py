@@ -29,6 +29,12 @@ def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
         raise UserError(f"{path}: {_describe(error)}") from error
 
 
+def as_yaml(config: RunConfig) -> str:
+    """Every option of a run with its value, in the order of the schema."""
+    tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; UserError if it is missing, unreadable or no mapping."""
     if not path.is_file():

@@ -121,9 +121,7 @@ def _adopt_slurm_variables() -> None:
     if "OMPI_COMM_WORLD_RANK" in os.environ or "PMI_RANK" in os.environ:
         return
     if "MASTER_ADDR" not in os.environ:
-        raise UserError(
-            "MASTER_ADDR is not set under srun; start through slurm/train.sbatch or set it to the first node"
-        )
+        raise UserError("MASTER_ADDR is not set under srun; start through slurm/*.sbatch or set it to the first node")
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]

@@ -16,6 +16,7 @@ from transformers import get_scheduler
 from padd_ds.config.schema import RunConfig
 from padd_ds.config.sections import OptimizerConfig
 from padd_ds.engine.families import expert_parallel_keys, is_dense
+from padd_ds.engine.finite import FiniteWatch
 from padd_ds.engine.ranks import Ranks
 from padd_ds.moe.masked import masked_experts
 from padd_ds.moe.router import PaddRouter, RoutingControl, RoutingMode, RoutingRecord
@@ -34,6 +35,7 @@ class Student:
     ranks: Ranks
     accumulation_steps: int
     """Backward passes per optimiser step."""
+    watch: FiniteWatch
 
     @property
     def routers(self) -> list[PaddRouter]:
@@ -57,10 +59,16 @@ class Student:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`, which is already a mean over the global batch times the world size."""
+        self.watch.see_loss(loss)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """At an accumulation boundary: reduce, clip, update, advance the schedule."""
+        """At an accumulation boundary: reduce, clip, update, advance the schedule.
+
+        TrainingDiverged, on all ranks and with the weights as they were, where a loss or gradient was not finite.
+        """
+        if self.engine.is_gradient_accumulation_boundary():
+            self.watch.check(self.ranks)
         self.engine.step()
 
     def optimiser_metrics(self) -> dict[str, float]:
@@ -148,7 +156,14 @@ def build_student(
     if config.model.expert_compute == "masked":
         for layer in layers:
             _compute_masked(layer)
-    return Student(engine=engine, layers=layers, control=control, ranks=ranks, accumulation_steps=accumulation_steps)
+    return Student(
+        engine=engine,
+        layers=layers,
+        control=control,
+        ranks=ranks,
+        accumulation_steps=accumulation_steps,
+        watch=FiniteWatch(engine.module, ranks.device),
+    )
 
 
 def _compute_masked(layer: AutoEPMoELayer) -> None:

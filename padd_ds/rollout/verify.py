@@ -34,7 +34,7 @@ class Verdict:
     correct: bool
     status: str
     """`ok`: compared. `no_answer`: the response holds none. `gold_unparsable`: the gold answer is at fault.
-    `timeout`: took too long. `error`: the worker died of it."""
+    `timeout`: took too long. `error`: two workers died of it."""
     extracted: str
     """The answer found in the response, empty if none."""
 
@@ -42,8 +42,9 @@ class Verdict:
 class AnswerChecker:
     """Checks responses against gold answers; a context manager that ends its processes on leaving.
 
-    Workers start when first needed. A worker that hangs or dies costs its response `timeout_s` and the run
-    nothing: it is killed, and a new one starts for the next response.
+    Workers start when first needed. A worker that hangs costs its response `timeout_s` and the run nothing: it is
+    killed, and a new one starts for the next response. A response at which a worker dies is tried once more, in
+    another one, since what killed the first may have had nothing to do with it.
     """
 
     def __init__(
@@ -123,6 +124,10 @@ class _Worker:
         self._received = b""
 
     def judge(self, response: str, gold: str, answer_format: AnswerFormat, timeout_s: float) -> Verdict:
+        verdict = self._judge_once(response, gold, answer_format, timeout_s)
+        return self._judge_once(response, gold, answer_format, timeout_s) if verdict.status == "error" else verdict
+
+    def _judge_once(self, response: str, gold: str, answer_format: AnswerFormat, timeout_s: float) -> Verdict:
         process = self._process or self._start()
         assert process.stdin is not None
         deadline = time.monotonic() + timeout_s

@@ -28,7 +28,9 @@ def encode_task(response: str, gold: str, answer_format: AnswerFormat, timeout_s
 
 def main() -> None:
     """Answer tasks until standard input ends, that is until the parent closes it or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # Slurm and Ctrl-C signal the whole process tree; what it means is the parent's to decide.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
     results = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")

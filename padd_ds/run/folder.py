@@ -13,10 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import TypeAdapter
-
 from padd_ds.checkpoint.layout import STUDENT, Checkpoint
+from padd_ds.config.load import as_yaml
 from padd_ds.config.schema import RunConfig
 from padd_ds.errors import UserError
 from padd_ds.files import staged_directory, write_text_whole
@@ -43,8 +41,7 @@ def start_run_folder(folder: Path, config: RunConfig, world: int, resumed: Check
         raise UserError(f"{resumed.folder}: a checkpoint of stage {resumed.facts['stage']}, resumed as {config.stage}")
     (folder / "routing").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints").mkdir(exist_ok=True)
-    tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    text = as_yaml(config)
     path = folder / "config.yaml"
     if path.exists() and path.read_text(encoding="utf-8") != text:
         path.rename(folder / f"config.until_step_{resumed.step if resumed else 0}.yaml")

@@ -10,15 +10,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 from padd_ds.config.schema import RunConfig
 from padd_ds.engine.checkpoint import Checkpoint, load_checkpoint, rotate_checkpoints, save_checkpoint
-from padd_ds.engine.ranks import Ranks
+from padd_ds.engine.ranks import Ranks, any_rank
 from padd_ds.run.folder import append_line, drop_lines_from
+from padd_ds.run.stop import StoppedEarly, StopRequest
 from padd_ds.stages.stage import Stage, StepReport
 
 SHOWN = ("loss_lm", "loss_kd", "loss_init", "loss_policy", "reward", "reward_correct", "load_max_violation")
 
 
 def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint | None) -> None:
-    """Run the stage from its start, or from a checkpoint, to its last step."""
+    """Run the stage from its start, or from a checkpoint, to its last step.
+
+    StoppedEarly, on all ranks and behind a checkpoint, once a signal has reached one of them.
+    """
     folder, start = Path(config.run_dir), 0
     if resume_from is not None:
         stage.load_state(load_checkpoint(stage.student, resume_from))
@@ -26,14 +30,18 @@ def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint
     if ranks.is_main:
         drop_lines_from(folder, start)
     with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
         logger = Logger(folder, config, start, stack) if ranks.is_main else None
         for step in range(start, config.steps):
             report = stage.step(step)
             if logger is not None:
                 logger.log(step, report)
             done = step + 1
-            if done == config.steps or done % config.checkpoint.every_steps == 0:
+            stopping = any_rank(stop.signal_name is not None, ranks) and done < config.steps
+            if stopping or done == config.steps or done % config.checkpoint.every_steps == 0:
                 _checkpoint(stage, config, ranks, done)
+            if stopping:
+                raise StoppedEarly(f"stopped by {stop.signal_name or 'a signal to another rank'} after step {done}")
 
 
 def _checkpoint(stage: Stage, config: RunConfig, ranks: Ranks, step: int) -> None:

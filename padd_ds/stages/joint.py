@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from padd_ds.config.schema import RunConfig
-from padd_ds.engine.ranks import any_rank, sum_over_ranks
+from padd_ds.engine.ranks import sum_over_ranks
 from padd_ds.engine.student import Student
 from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import distillation_sum, distillation_temperature
@@ -37,7 +37,7 @@ from padd_ds.stages.gradients import add_gradient_norms, measured_micro_batch
 from padd_ds.stages.joint_metrics import LAYER_MEANS, add_flips, add_policy_metrics
 from padd_ds.stages.micro_batch import Counts, MicroBatch, OldPolicy, layer_routes
 from padd_ds.stages.routing_report import RoutingStatistics
-from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
+from padd_ds.stages.stage import MetricSums, Stage, StepReport
 from padd_ds.stages.teacher import TeacherOnPrompts
 
 
@@ -212,7 +212,6 @@ class JointStage:
         student = self.student
         counts = self._counts([micro_batch.batch for micro_batch in micro_batches])
         statistics = RoutingStatistics.start(student)
-        finite = True
         for index, micro_batch in enumerate(micro_batches):
             replayed = None if self.config.routing.replay == "off" else micro_batch.old.selected_SK
             with student.replaying(replayed):
@@ -224,9 +223,6 @@ class JointStage:
                 self._count_routing(micro_batch.batch, record, (statistics, step_statistics))
                 loss = torch.stack(list(terms.values())).sum()
                 student.backward(loss)
-            finite = finite and bool(torch.isfinite(loss))
-            if index == len(micro_batches) - 1 and any_rank(not finite, student.ranks):
-                raise TrainingDiverged(f"step {step}: the joint loss is not finite; lower optimizer.learning_rate")
             student.step()
         return statistics
 

@@ -10,10 +10,6 @@ from padd_ds.engine.ranks import Ranks, sum_over_ranks
 from padd_ds.engine.student import Student
 
 
-class TrainingDiverged(RuntimeError):
-    """A loss is not finite; raised on all ranks before the weights change."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
     """What one step tells: the same numbers on every rank."""

@@ -18,7 +18,7 @@ from padd_ds.conversion.targets import ConversionTargets
 from padd_ds.data.batches import SupervisedBatch, batch_indices, supervised_batch
 from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import render
-from padd_ds.engine.ranks import any_rank, gather_over_group, sum_over_ranks
+from padd_ds.engine.ranks import gather_over_group, sum_over_ranks
 from padd_ds.engine.student import Student
 from padd_ds.errors import OneRankError, UserError
 from padd_ds.hf import response_logits
@@ -32,7 +32,7 @@ from padd_ds.seeds import derive_seed
 from padd_ds.stages.gradients import add_gradient_norms, measured_micro_batch
 from padd_ds.stages.materials import prompt_template, supervised_target
 from padd_ds.stages.routing_report import RoutingStatistics
-from padd_ds.stages.stage import MetricSums, Stage, StepReport, TrainingDiverged
+from padd_ds.stages.stage import MetricSums, Stage, StepReport
 
 
 def is_trained(name: str, train_shared_experts: bool, dense: bool = False) -> bool:
@@ -65,7 +65,7 @@ class WarmupStage:
         student.engine.train()
         micro_batches = self._micro_batches(step)
         n_tokens = sum_over_ranks(torch.stack([batch["target_mask_BR"].sum() for batch in micro_batches]).sum())
-        sums, statistics, finite = MetricSums(), RoutingStatistics.start(student), True
+        sums, statistics = MetricSums(), RoutingStatistics.start(student)
         chosen = (
             measured_micro_batch(config.seed, step, len(micro_batches)) if config.measures_gradients(step) else None
         )
@@ -79,9 +79,6 @@ class WarmupStage:
                 terms = self._loss_terms(student.engine, batch, *counts, sums, statistics)
                 loss = torch.stack(list(terms.values())).sum()
                 student.backward(loss)
-            finite = finite and bool(torch.isfinite(loss))
-            if index == len(micro_batches) - 1 and any_rank(not finite, student.ranks):
-                raise TrainingDiverged(f"step {step}: the warm-up loss is not finite; lower optimizer.learning_rate")
             student.step()
         metrics = sums.means(student.ranks) | {"tokens": float(n_tokens)} | student.optimiser_metrics()
         n_real = sum_over_ranks(torch.stack([batch["attention_mask_BT"].sum() for batch in micro_batches]).sum())

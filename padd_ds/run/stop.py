@@ -1,0 +1,33 @@
+"""A stop that the machine asks for by a signal, put off until the step is done."""
+
+import signal
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What Slurm sends at preemption or cancellation, and what slurm/*.sbatch ask it to send before the time limit."""
+
+
+class StoppedEarly(Exception):
+    """The run ended before its last step because a signal asked for it; it can be resumed."""
+
+
+class StopRequest:
+    """While the block runs, a signal of SIGNALS is remembered in place of ending the process."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        """Of the first signal that came, None while none has."""
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = self.signal_name or signal.Signals(number).name

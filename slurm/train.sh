@@ -1,0 +1,46 @@
+# What the training jobs have in common; sourced by them, from the folder that they were submitted in.
+#
+# One task is one rank: --nodes and --ntasks-per-node (GPUs of a node) decide how many. Variables:
+#   PADD_PYTHON    python of the environment (default .venv/bin/python)
+#   PADD_LOGS      where the ranks' logs go (default slurm-logs/NAME-ID/rank-N.log)
+#   EXPORT         folder for the finished run as a Hugging Face checkpoint (default: none is written)
+#   MASTER_ADDR    how the nodes reach the first one (default: its address in Slurm), MASTER_PORT likewise
+#   DRY_RUN=1      print what would run and the resolved configuration, with or without Slurm
+# A run that a signal stops saves itself and is put back in the queue; the same job then goes on.
+
+stopped=75  # padd_ds/train.py: stopped by a signal, saved
+
+train() {
+    local python=${PADD_PYTHON:-.venv/bin/python} logs first run_dir code=0
+    local train=("$python" padd_ds/train.py --config "$@" --resume-or-start)
+    if [ "${DRY_RUN:-0}" = 1 ]; then
+        echo "# ${SLURM_JOB_NUM_NODES:-?} nodes, ${SLURM_NTASKS_PER_NODE:-?} ranks on each"
+        echo "# srun ${train[*]}"
+        if [ -n "${EXPORT:-}" ]; then echo "# padd-export, to $EXPORT"; fi
+        "$python" padd_ds/train.py --config "$@" --show-config
+        return
+    fi
+    logs=${PADD_LOGS:-slurm-logs/$SLURM_JOB_NAME-$SLURM_JOB_ID}
+    mkdir -p "$logs"
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')}
+    # A port by job keeps two jobs on one node apart.
+    MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+    HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    export MASTER_ADDR MASTER_PORT HF_HUB_OFFLINE OMP_NUM_THREADS
+    echo "$(date -Is) attempt $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, logs in $logs"
+    srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/rank-%t.log" "${train[@]}" || code=$?
+    if [ "$code" = "$stopped" ]; then
+        echo "$(date -Is) stopped and saved; back in the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+        exit 0
+    elif [ "$code" != 0 ]; then
+        echo "$(date -Is) ended with exit code $code; the last lines of the logs:" >&2
+        tail -n 3 "$logs"/rank-*.log >&2
+        exit "$code"
+    elif [ -n "${EXPORT:-}" ]; then
+        run_dir=$("$python" padd_ds/train.py --config "$@" --show-config | sed -n "s/^run_dir: //p")
+        "$python" -m padd_ds.export --run "$run_dir" --output "$EXPORT" --overwrite
+    fi
+}
