@@ -44,6 +44,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--options", action="store_true", help="list every option with its default and meaning, then exit"
     )
     parser.add_argument(
+        "--skip-damaged", action="store_true", help="pass over checkpoints whose files are damaged, and name them"
+    )
+    parser.add_argument(
         "--show-config", action="store_true", help="print the resolved run configuration and DeepSpeed JSON, then exit"
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -64,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
 
     # Imported late: --help and a wrong key should not wait for torch.
-    from padd_ds.engine.checkpoint import find_checkpoints
+    from padd_ds.engine.checkpoint import last_whole_checkpoint
     from padd_ds.engine.ranks import any_rank, start_ranks, stop_ranks, together
     from padd_ds.run.folder import check_run_folder, keep_student_files, start_run_folder
     from padd_ds.run.loop import train
@@ -80,8 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
             together(lambda: check_run_folder(folder, resume), ranks)
             inputs = together(lambda: read_inputs(config, ranks.world), ranks)
             together(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main else None, ranks)
-            checkpoints = together(lambda: find_checkpoints(folder) if resume else [], ranks)
-            resumed = checkpoints[-1] if checkpoints else None
+            resumed = last_whole_checkpoint(folder, ranks, arguments.skip_damaged, say) if resume else None
             together(lambda: start_run_folder(folder, config, ranks.world, resumed) if ranks.is_main else None, ranks)
             together(lambda: write_data_report(inputs.data, folder, say) if ranks.is_main else None, ranks)
             stage = stack.enter_context(open_stage(inputs, ranks))

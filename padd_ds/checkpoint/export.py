@@ -48,7 +48,7 @@ class ExportSummary:
 def export_run(options: ExportOptions) -> ExportSummary:
     """Write the student of a run's checkpoint to `options.output`, whole or not at all.
 
-    UserError for a run without a whole checkpoint, tensors that are missing or written twice, and a bias
+    UserError for a run without a checkpoint, a damaged one, tensors that are missing or written twice, and a bias
     that the format has no place for.
     """
     check_output_free(options.output, options.overwrite)
@@ -58,6 +58,7 @@ def export_run(options: ExportOptions) -> ExportSummary:
             f"{checkpoint.folder}: trained with balance.target=logit, and the format has no place for a bias "
             "on the logits; train with balance.target=selection"
         )
+    checkpoint.verify(checkpoint.files(f"{WEIGHTS}/"))
     with ExitStack() as stack:
         files = _open_weights(checkpoint, stack)
         _check_complete(options.run / STUDENT, set(files), checkpoint)

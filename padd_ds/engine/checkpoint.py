@@ -7,21 +7,30 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from padd_ds.checkpoint.layout import DEEPSPEED_TAG, MANIFEST, STAGE_STATE, WEIGHTS, Checkpoint, find_checkpoints
-from padd_ds.engine.ranks import Ranks, barrier, together
+from padd_ds.checkpoint.layout import (
+    DEEPSPEED_TAG,
+    MANIFEST,
+    STAGE_STATE,
+    WEIGHTS,
+    Checkpoint,
+    check_sizes,
+    find_checkpoints,
+)
+from padd_ds.engine.ranks import Ranks, barrier, gather_objects, together
 from padd_ds.engine.student import Student
 from padd_ds.engine.weights import local_tensors
 from padd_ds.errors import OneRankError, UserError
-from padd_ds.files import disk_full_is_user_error, give_usual_modes
+from padd_ds.files import disk_full_is_user_error, give_usual_modes, sha256_of
 
 
 def save_checkpoint(
@@ -43,7 +52,11 @@ def save_checkpoint(
     try:
         together(lambda: _write_own_files(student, partial, stage_state), ranks)
         _write_deepspeed_files(student, partial)
-        together(lambda: _seal(partial, final, {"step": step, **facts}) if ranks.is_main else None, ranks)
+        hashes = together(lambda: _own_hashes(partial, ranks), ranks)
+        gathered = gather_objects(hashes, ranks)
+        files = {name: entry for part in gathered for name, entry in part.items()}
+        manifest = {"step": step, **facts, "files": files}
+        together(lambda: _seal(partial, final, manifest) if ranks.is_main else None, ranks)
     except UserError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -62,6 +75,30 @@ def load_checkpoint(student: Student, checkpoint: Checkpoint) -> dict[str, torch
     with _trusted_deepspeed_types():
         student.engine.load_checkpoint(str(checkpoint.folder), tag=DEEPSPEED_TAG)
     return load_file(checkpoint.folder / STAGE_STATE)
+
+
+def last_whole_checkpoint(
+    run_dir: Path, ranks: Ranks, skip_damaged: bool, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """The newest checkpoint of a run, every file compared with its checksum; None where there is none. Collective.
+
+    UserError for a damaged one, on all ranks; with `skip_damaged` it is named and the one before it is taken.
+    """
+    for checkpoint in reversed(together(lambda: find_checkpoints(run_dir), ranks)):
+        try:
+            together(partial(_verify, checkpoint, ranks), ranks)
+            return checkpoint
+        except UserError as error:
+            if not skip_damaged:
+                raise
+            if ranks.is_main:
+                say(f"skipped: {error}")
+    return None
+
+
+def _verify(checkpoint: Checkpoint, ranks: Ranks) -> None:
+    check_sizes(checkpoint)
+    checkpoint.verify(checkpoint.files()[ranks.rank :: ranks.world])
 
 
 def rotate_checkpoints(run_dir: Path, keep: int, ranks: Ranks) -> None:
@@ -97,10 +134,18 @@ def _write_deepspeed_files(student: Student, partial: Path) -> None:
         raise OneRankError(str(error)) from error
 
 
-def _seal(partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
+def _own_hashes(partial: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of this rank's share of the files that all have written."""
+    names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    return {
+        name: {"bytes": (partial / name).stat().st_size, "sha256": sha256_of(partial / name)}
+        for name in names[ranks.rank :: ranks.world]
+    }
+
+
+def _seal(partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     with disk_full_is_user_error(final):
-        sizes = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
-        (partial / MANIFEST).write_text(json.dumps({**facts, "bytes": sizes}, indent=1), encoding="utf-8")
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         give_usual_modes(partial)
         if final.exists():
             shutil.rmtree(final)

@@ -74,6 +74,13 @@ def gather_over_group(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def gather_objects(mine: Any, ranks: Ranks) -> list[Any]:
+    """What every rank gave, in the order of ranks; small plain values. Collective."""
+    told: list[Any] = [None] * ranks.world
+    torch.distributed.all_gather_object(told, mine)
+    return told
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     dist.barrier()
@@ -95,9 +102,8 @@ def together(action: Callable[[], Any], ranks: Ranks) -> Any:
         result = action()
     except Exception as error:
         failure = error
-    told: list[Any] = [None] * ranks.world
     mine = None if failure is None else (isinstance(failure, UserError), str(failure) or repr(failure))
-    torch.distributed.all_gather_object(told, mine)
+    told = gather_objects(mine, ranks)
     failed = [(rank, *told[rank]) for rank in range(ranks.world) if told[rank] is not None]
     if failure is not None:
         raise failure

@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, resumed with the same numbers, exported without loss."""
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from padd_ds.checkpoint.export import ExportOptions, export_run
 from padd_ds.checkpoint.layout import find_checkpoints
-from padd_ds.engine.checkpoint import _trusted_deepspeed_types, load_checkpoint, save_checkpoint
+from padd_ds.engine.checkpoint import _trusted_deepspeed_types, last_whole_checkpoint, load_checkpoint, save_checkpoint
 from padd_ds.engine.ranks import Ranks
 from padd_ds.errors import UserError
+from padd_ds.files import sha256_of
 from padd_ds.hf import load_causal_lm
 from padd_ds.run.folder import keep_student_files
 from tests.ranks import run_ranks
@@ -73,6 +75,18 @@ def test_the_exported_student_computes_the_engines_logits(trained: tuple[Path, d
     torch.testing.assert_close(logits, result["logits"], rtol=1e-5, atol=1e-5)
 
 
+def resumable(ranks: Ranks, folder: str) -> dict[str, Any]:
+    """What a resumed run says of its checkpoints, the newest damaged."""
+    refused, told = "", list[str]()
+    try:
+        last_whole_checkpoint(Path(folder), ranks, False, told.append)
+    except UserError as error:
+        refused = str(error)
+    found = last_whole_checkpoint(Path(folder), ranks, True, told.append)
+    assert found is not None and len(told) == (1 if ranks.is_main else 0)
+    return {"refused": refused, "step": found.step}
+
+
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_damage_is_named(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -80,9 +94,12 @@ def test_damage_is_named(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -
     newest = find_checkpoints(folder)[-1].folder
     victim = newest / "weights" / "rank_00001.safetensors"
     whole = victim.read_bytes()
-    victim.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=r"rank_00001\.safetensors.*damaged"):
-        export_run(ExportOptions(run=folder, output=tmp_path / "student"))
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        victim.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"rank_00001\.safetensors.*damaged"):
+            export_run(ExportOptions(run=folder, output=tmp_path / "student"))
+    for found in run_ranks(resumable, 2, str(folder)):
+        assert found["step"] == 1 and "rank_00001.safetensors" in found["refused"]
     victim.write_bytes(whole)
     (newest / "manifest.json").rename(newest / "elsewhere.json")
     assert [checkpoint.step for checkpoint in find_checkpoints(folder)] == [1]
@@ -101,7 +118,9 @@ def test_a_missing_expert_is_not_exported(trained: tuple[Path, dict[str, Any]], 
     save_file(tensors | padding, victim)
     manifest = victim.parent.parent / "manifest.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace(f": {len(whole)}", f": {victim.stat().st_size}"))
+    tree = json.loads(text)
+    tree["files"]["weights/rank_00001.safetensors"] = {"bytes": victim.stat().st_size, "sha256": sha256_of(victim)}
+    manifest.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
         export_run(ExportOptions(run=folder, output=tmp_path / "student", step=1))
     victim.write_bytes(whole)

@@ -107,14 +107,32 @@ def test_a_huge_response_is_bounded_by_the_timeout(unit):
     assert not verdict.correct
 
 
-def test_a_worker_that_dies_is_replaced():
+def test_what_was_asked_of_a_worker_that_died_is_asked_again():
     with AnswerChecker() as checker:
         before = children()
         assert checker.check([("2", "2")])[0].correct
         (worker,) = children() - before
         os.kill(worker, signal.SIGKILL)
         verdicts = checker.check([("2", "2"), ("3", "3")])
-        assert [verdict.status for verdict in verdicts] == ["error", "ok"]
+        assert [verdict.status for verdict in verdicts] == ["ok", "ok"]
+
+
+def test_an_answer_that_kills_two_workers_is_an_error():
+    command = [sys.executable, "-c", "print('\"ready\"', flush=True); input()"]
+    with AnswerChecker(command=command) as checker:
+        verdicts = checker.check([("2", "2"), ("3", "3")])
+    assert [(verdict.status, verdict.correct) for verdict in verdicts] == [("error", False)] * 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_process_tree_does_not_end_a_worker(number):
+    with AnswerChecker() as checker:
+        before = children()
+        assert checker.check([("2", "2")])[0].correct
+        workers = children() - before
+        os.kill(next(iter(workers)), number)
+        assert checker.check([("4", "4")])[0].correct
+        assert children() - before == workers
 
 
 def test_a_worker_that_cannot_start_is_an_error_with_its_reason():
