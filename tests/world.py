@@ -28,7 +28,9 @@ def problems() -> list[Problem]:
 def deepspeed_tree(expert_parallel: int, stage: int = 2, **more: Any) -> dict[str, Any]:
     """What ds_configs/ would hold."""
     section = {"enabled": True, "autoep_size": expert_parallel, "use_grouped_mm": False}
-    return {"zero_optimization": {"stage": stage}, "gradient_clipping": 1.0, "expert_parallel": section, **more}
+    # Under ZeRO-3 parameters as small as these would stay whole.
+    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    return {"zero_optimization": zero, "gradient_clipping": 1.0, "expert_parallel": section, **more}
 
 
 def joint_config(**overrides: Any) -> RunConfig:
@@ -79,11 +81,16 @@ def make_student(ranks: Ranks, config: RunConfig, tree: dict[str, Any], trainabl
 
 
 def make_joint_stage(
-    ranks: Ranks, config: RunConfig, expert_parallel: int, checker: Any = None, guidance: Guidance | None = None
+    ranks: Ranks,
+    config: RunConfig,
+    expert_parallel: int,
+    checker: Any = None,
+    guidance: Guidance | None = None,
+    zero_stage: int = 2,
 ) -> JointStage:
     """The stage as build.py makes it, from parts in memory."""
     tokenizer = make_tokenizer()
-    tree = deepspeed_tree(expert_parallel)
+    tree = deepspeed_tree(expert_parallel, zero_stage)
     student = make_student(ranks, config, tree, lambda name: joint.is_trained(name, config.routing.train_router))
     teacher = make_tiny_model().eval().requires_grad_(False)
     reference = make_tiny_model(seed=1).eval().requires_grad_(False) if config.policy.kl_weight else None

@@ -43,7 +43,7 @@ EXPERT_PARALLEL_KEYS = frozenset(
 )
 """DeepSpeed reads this section key by key and ignores the rest in silence."""
 
-SUPPORTED_ZERO_STAGES = (0, 1, 2)
+SUPPORTED_ZERO_STAGES = (0, 1, 2, 3)
 
 
 def load_deepspeed_json(path: Path) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def check_parallelism(
     stage = tree.get("zero_optimization", {}).get("stage", 0)
     if stage not in SUPPORTED_ZERO_STAGES:
         allowed = ", ".join(map(str, SUPPORTED_ZERO_STAGES))
-        raise UserError(f"{path}: zero_optimization.stage {stage} is not supported yet; use one of {allowed}")
+        raise UserError(f"{path}: zero_optimization.stage {stage} is not supported; use one of {allowed}")
     offload = [key for key in tree.get("zero_optimization", {}) if key.startswith("offload_")]
     if offload:
         raise UserError(f"{path}: zero_optimization.{offload[0]} is not supported yet; take it out")

@@ -304,6 +304,6 @@ class LogConfig:
     gradients_every_steps: Annotated[int, Field(ge=0)] = 10
     """Steps between measurements of the gradient norm of every term of the loss alone, on a micro-batch that is drawn:
     one more forward pass, a backward pass per term, and room for the gradients of the rank's parameters once more. 0:
-    never."""
+    never, and never at ZeRO stage 3, which knows whole backward passes only."""
     tensorboard: bool = True
     """Write tensorboard event files."""

@@ -46,19 +46,22 @@ def save_checkpoint(
     has to end then, and its launcher ends theirs.
     """
     final = run_dir / "checkpoints" / f"step_{step}"
-    partial = final.with_name(f".{final.name}.partial")
+    staged = final.with_name(f".{final.name}.partial")
     ranks = student.ranks
-    together(lambda: _fresh_folder(partial) if ranks.is_main else None, ranks)
+    together(lambda: _fresh_folder(staged) if ranks.is_main else None, ranks)
     try:
-        together(lambda: _write_own_files(student, partial, stage_state), ranks)
-        _write_deepspeed_files(student, partial)
-        hashes = together(lambda: _own_hashes(partial, ranks), ranks)
+        for label, tensors in local_tensors(student):
+            path = staged / WEIGHTS / f"{label}.rank_{ranks.rank:05d}.safetensors"
+            together(partial(_write_tensors, tensors, path), ranks)
+        together(lambda: _write_tensors(stage_state, staged / STAGE_STATE) if ranks.is_main else None, ranks)
+        _write_deepspeed_files(student, staged)
+        hashes = together(lambda: _own_hashes(staged, ranks), ranks)
         gathered = gather_objects(hashes, ranks)
         files = {name: entry for part in gathered for name, entry in part.items()}
         manifest = {"step": step, **facts, "files": files}
-        together(lambda: _seal(partial, final, manifest) if ranks.is_main else None, ranks)
+        together(lambda: _seal(staged, final, manifest) if ranks.is_main else None, ranks)
     except UserError:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
         raise
     return final
 
@@ -109,47 +112,42 @@ def rotate_checkpoints(run_dir: Path, keep: int, ranks: Ranks) -> None:
     barrier()
 
 
-def _fresh_folder(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / WEIGHTS).mkdir(parents=True)
+def _fresh_folder(staged: Path) -> None:
+    shutil.rmtree(staged, ignore_errors=True)
+    (staged / WEIGHTS).mkdir(parents=True)
 
 
-def _write_own_files(student: Student, partial: Path, stage_state: Mapping[str, torch.Tensor]) -> None:
-    with disk_full_is_user_error(partial):
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in local_tensors(student)}
-        if tensors:
-            save_file(tensors, partial / WEIGHTS / f"rank_{student.ranks.rank:05d}.safetensors")
-        if student.ranks.is_main:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in stage_state.items()},
-                partial / STAGE_STATE,
-            )
+def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """As a safetensors file; weights that are none of this rank's leave no file."""
+    if tensors or path.name == STAGE_STATE:
+        with disk_full_is_user_error(path):
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def _write_deepspeed_files(student: Student, partial: Path) -> None:
+def _write_deepspeed_files(student: Student, staged: Path) -> None:
     try:
-        with disk_full_is_user_error(partial):
-            student.engine.save_checkpoint(str(partial), tag=DEEPSPEED_TAG, save_latest=False)
+        with disk_full_is_user_error(staged):
+            student.engine.save_checkpoint(str(staged), tag=DEEPSPEED_TAG, save_latest=False)
     except UserError as error:
         raise OneRankError(str(error)) from error
 
 
-def _own_hashes(partial: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
+def _own_hashes(staged: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of this rank's share of the files that all have written."""
-    names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    names = sorted(str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file())
     return {
-        name: {"bytes": (partial / name).stat().st_size, "sha256": sha256_of(partial / name)}
+        name: {"bytes": (staged / name).stat().st_size, "sha256": sha256_of(staged / name)}
         for name in names[ranks.rank :: ranks.world]
     }
 
 
-def _seal(partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+def _seal(staged: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     with disk_full_is_user_error(final):
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        give_usual_modes(partial)
+        (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        give_usual_modes(staged)
         if final.exists():
             shutil.rmtree(final)
-        os.rename(partial, final)
+        os.rename(staged, final)
 
 
 @contextmanager

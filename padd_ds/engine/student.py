@@ -15,6 +15,7 @@ from transformers import get_scheduler
 
 from padd_ds.config.schema import RunConfig
 from padd_ds.config.sections import OptimizerConfig
+from padd_ds.engine.activity import measure_activity
 from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.finite import FiniteWatch
 from padd_ds.engine.ranks import Ranks
@@ -50,6 +51,11 @@ class Student:
         return self.layers[0].ep_size if self.layers else 1
 
     @property
+    def separates_terms(self) -> bool:
+        """Whether a backward pass of one term of the loss alone is possible: ZeRO-3 knows whole ones only."""
+        return int(self.engine.zero_optimization_stage()) < 3
+
+    @property
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
@@ -77,20 +83,23 @@ class Student:
         return {"grad_norm": float(norm or 0.0), "learning_rate": float(self.engine.get_lr()[0])}
 
     @contextmanager
-    def routing(self, mode: RoutingMode, *, noise: float = 0.0) -> Iterator[None]:
-        """Route by `mode` inside the block; `backward` belongs into it, as activation checkpointing routes again."""
-        before = (self.control.mode, self.control.noise)
-        self._set_routing(mode, noise)
+    def routing(self, mode: RoutingMode, *, noise: float = 0.0, sample_S: torch.Tensor | None = None) -> Iterator[None]:
+        """Route by `mode` inside the block; `backward` belongs into it, as activation checkpointing routes again.
+
+        With `sample_S`, positions among a pass's tokens, as many on every rank, records also get the experts' activity.
+        """
+        before = (self.control.mode, self.control.noise, self.control.sample_S)
+        self._set_routing(mode, noise, sample_S)
         try:
             yield
         finally:
             self._set_routing(*before)
 
     @contextmanager
-    def recording(self, *, inputs: bool = False, graph: bool = False) -> Iterator[RoutingRecord]:
+    def recording(self, *, graph: bool = False) -> Iterator[RoutingRecord]:
         """Yield a record that the forward passes inside the block fill; with `graph` its scores carry gradients."""
         before = (self.control.record, self.control.keep_graph)
-        self.control.record, self.control.keep_graph = RoutingRecord(inputs_SD={} if inputs else None), graph
+        self.control.record, self.control.keep_graph = RoutingRecord(), graph
         try:
             yield self.control.record
         finally:
@@ -116,9 +125,8 @@ class Student:
         finally:
             self.control.trace = before
 
-    def _set_routing(self, mode: RoutingMode, noise: float) -> None:
-        self.control.mode = mode
-        self.control.noise = noise
+    def _set_routing(self, mode: RoutingMode, noise: float, sample_S: torch.Tensor | None) -> None:
+        self.control.mode, self.control.noise, self.control.sample_S = mode, noise, sample_S
         for layer in self.layers:
             # The dispatch of an AutoEP layer reads its own top_k.
             layer.top_k = layer.num_experts if mode == "dense" else layer.router.top_k
@@ -156,6 +164,8 @@ def build_student(
     if config.model.expert_compute == "masked":
         for layer in layers:
             _compute_masked(layer)
+    for index, layer in enumerate(layers):
+        measure_activity(layer, index, control)
     return Student(
         engine=engine,
         layers=layers,
@@ -225,4 +235,7 @@ def _complete_tree(
     complete.pop("expert_parallel", None)
     if not is_dense(model_config):
         complete["expert_parallel"] = expert_parallel_keys(model_config) | tree["expert_parallel"]
+        # ZeRO-3 gathers a MoE layer as one: its parts are read from outside of their own passes, and not by every rank.
+        leaf = {"classes": [f"{AutoEPMoELayer.__module__}.{AutoEPMoELayer.__name__}"]}
+        complete["zero_optimization"] = {"leaf_module": leaf, **complete.get("zero_optimization", {})}
     return complete

@@ -28,8 +28,8 @@ class RoutingRecord:
     keeps their graph."""
     selected_SK: dict[int, torch.Tensor] = field(default_factory=dict)
     """Chosen experts."""
-    inputs_SD: dict[int, torch.Tensor] | None = None
-    """Inputs of the MoE layers, detached; kept only when a dictionary is given."""
+    activity_E: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Mean activity of every expert on the control's sample of tokens, with a gradient to this rank's experts."""
 
 
 @dataclass
@@ -46,6 +46,9 @@ class RoutingControl:
     """Where to report; None keeps nothing."""
     keep_graph: bool = False
     """Whether recorded scores carry gradients to the router."""
+    sample_S: torch.Tensor | None = None
+    """Tokens on which layers measure the activity of all experts for the record; None: they do not. It has to stand
+    as long as the pass may be run again, by activation checkpointing."""
     replay: dict[int, torch.Tensor] | None = None
     """[S, K] experts by layer that `routed` takes instead of its own choice, which stays where they are below 0;
     weights are still the scores' own."""
@@ -122,7 +125,7 @@ class PaddRouter(nn.Module):
         scores_SE = SCORE_FUNCTIONS[self.score_function](logits_SE)
         selected_SK = self._select(scores_SE.detach())
         weights_SK = self._weights(scores_SE, selected_SK)
-        self._report(x_SD, scores_SE, selected_SK)
+        self._report(scores_SE, selected_SK)
         counts_E = torch.bincount(selected_SK.flatten(), minlength=self.num_experts).to(torch.int32)
         return weights_SK, selected_SK, counts_E
 
@@ -153,7 +156,7 @@ class PaddRouter(nn.Module):
         total = chosen if self.scale == self.top_k else self.scale
         return torch.full(selected_SK.shape, total / chosen, device=scores_SE.device, dtype=scores_SE.dtype)
 
-    def _report(self, x_SD: torch.Tensor, scores_SE: torch.Tensor, selected_SK: torch.Tensor) -> None:
+    def _report(self, scores_SE: torch.Tensor, selected_SK: torch.Tensor) -> None:
         if self.control.trace is not None:
             if self.layer == 0:
                 self.control.trace.append({})
@@ -163,5 +166,3 @@ class PaddRouter(nn.Module):
             return
         record.scores_SE[self.layer] = scores_SE if self.control.keep_graph else scores_SE.detach()
         record.selected_SK[self.layer] = selected_SK
-        if record.inputs_SD is not None:
-            record.inputs_SD[self.layer] = x_SD.detach()

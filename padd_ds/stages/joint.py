@@ -84,7 +84,9 @@ class JointStage:
             scored_s = time.perf_counter()
             for update, micro_batches in enumerate(updates):
                 # The last update: at the first one the ratios are 1, and nothing has moved.
-                measured = self.config.measures_gradients(step) and update == len(updates) - 1
+                measured = (
+                    self.student.separates_terms and self.config.measures_gradients(step) and update == len(updates) - 1
+                )
                 chosen = measured_micro_batch(self.config.seed, step, len(micro_batches)) if measured else None
                 own_statistics = self._update(micro_batches, step, chosen, sums, statistics)
                 if self.config.routing.replay == "off":

@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from padd_ds.config.schema import RunConfig
 from padd_ds.conversion.targets import ConversionTargets
 from padd_ds.data.batches import SupervisedBatch, batch_indices, supervised_batch
 from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import render
-from padd_ds.engine.ranks import gather_over_group, sum_over_ranks
+from padd_ds.engine.ranks import sum_over_ranks
 from padd_ds.engine.student import Student
 from padd_ds.errors import OneRankError, UserError
 from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import distillation_sum, recorded_distillation_sum
-from padd_ds.losses.prior import expert_activation_sums, expert_prior
+from padd_ds.losses.prior import expert_prior
 from padd_ds.losses.tokens import cross_entropy_sum, global_mean
 from padd_ds.losses.warmup import init_kl
 from padd_ds.moe.router import RoutingRecord
@@ -67,11 +66,14 @@ class WarmupStage:
         n_tokens = sum_over_ranks(torch.stack([batch["target_mask_BR"].sum() for batch in micro_batches]).sum())
         sums, statistics = MetricSums(), RoutingStatistics.start(student)
         chosen = (
-            measured_micro_batch(config.seed, step, len(micro_batches)) if config.measures_gradients(step) else None
+            measured_micro_batch(config.seed, step, len(micro_batches))
+            if student.separates_terms and config.measures_gradients(step)
+            else None
         )
         for index, batch in enumerate(micro_batches):
             student.control.seed = derive_seed(config.seed, step, student.ranks.rank, index)
-            with student.routing(config.warmup.routing, noise=config.routing.noise):
+            sample_S = self._init_sample(batch["attention_mask_BT"])
+            with student.routing(config.warmup.routing, noise=config.routing.noise, sample_S=sample_S):
                 counts = (n_tokens, len(micro_batches))
                 if index == chosen:
                     unused = MetricSums(), RoutingStatistics.start(student)
@@ -118,14 +120,14 @@ class WarmupStage:
         """The weighted terms of the loss: L_LM, alpha L_KD, beta L_init. `model`: the engine or the model in it."""
         options, student, world = self.config.warmup, self.student, self.student.ranks.world
         mask_BT, target_mask_BR = batch["attention_mask_BT"], batch["target_mask_BR"]
-        with student.recording(inputs=options.init_weight > 0) as record:
+        with student.recording() as record:
             logits_BRV = _target_logits(model, batch)
         lm_sum = cross_entropy_sum(logits_BRV, batch["target_ids_BR"], target_mask_BR)
         kd_sum = init = torch.zeros((), device=student.ranks.device)
         if options.kd_weight > 0:
             kd_sum = self._kd_sum(batch, logits_BRV)
         if options.init_weight > 0:
-            init = self._init_loss(record, mask_BT)
+            init = self._init_loss(record)
         statistics.add(record, mask_BT)
         n_learnt = target_mask_BR.sum()
         sums.add("loss_lm", lm_sum, n_learnt)
@@ -159,33 +161,21 @@ class WarmupStage:
         mask_BR = batch["target_mask_BR"]
         return distillation_sum(logits_BRV, teacher_BRV, mask_BR, plain_B, direction=direction, teacher_top_k=top_k)
 
-    def _init_loss(self, record: RoutingRecord, mask_BT: torch.Tensor) -> torch.Tensor:
+    def _init_sample(self, mask_BT: torch.Tensor) -> torch.Tensor | None:
+        """Tokens on which L_init compares the experts' activity with the clusters'."""
+        if self.config.warmup.init_weight == 0:
+            return None
+        return _sample_tokens(mask_BT.flatten(), self.config.warmup.init_tokens, self.student.control.seed)
+
+    def _init_loss(self, record: RoutingRecord) -> torch.Tensor:
         """L_init averaged over layers (Choice, so that beta means the same at any depth)."""
-        assert record.inputs_SD is not None and self.targets is not None
-        assert self.targets.expert_prior_LE is not None
-        priors_LE = self.targets.expert_prior_LE.to(mask_BT.device)
-        sample_S = _sample_tokens(mask_BT.flatten(), self.config.warmup.init_tokens, self.student.control.seed)
-        losses = []
-        for index, layer in enumerate(self.student.layers):
-            activity_E = student_activity(layer, record.inputs_SD[index][sample_S])
-            losses.append(init_kl(expert_prior(activity_E, self.targets.prior_temperature), priors_LE[index]))
+        assert self.targets is not None and self.targets.expert_prior_LE is not None
+        temperature = self.targets.prior_temperature
+        losses = [
+            init_kl(expert_prior(record.activity_E[index], temperature), prior_E.to(record.activity_E[index].device))
+            for index, prior_E in enumerate(self.targets.expert_prior_LE)
+        ]
         return torch.stack(losses).mean()
-
-
-def student_activity(layer: Any, x_SD: torch.Tensor) -> torch.Tensor:
-    """[E]: mean activity of every expert of an expert-parallel layer on the tokens of all its ranks.
-
-    Only this rank's experts carry a gradient: those of the other ranks enter as numbers.
-    """
-    x_all_SD = gather_over_group(x_SD, layer.ep_group) if layer.ep_size > 1 else x_SD
-    experts = layer.experts
-    sums_E = checkpoint(expert_activation_sums, x_all_SD, experts.w1, experts.w3, use_reentrant=False)
-    own_E = sums_E / len(x_all_SD)
-    if layer.ep_size == 1:
-        return own_E
-    parts = list(gather_over_group(own_E, layer.ep_group).split(layer.num_local_experts))
-    parts[layer.ep_rank] = own_E
-    return torch.cat(parts)
 
 
 def _sample_tokens(mask_S: torch.Tensor, count: int, seed: int) -> torch.Tensor:

@@ -25,11 +25,11 @@ TOKENS = torch.tensor([[5, 9, 7, 4, 21, 8, 30, 11]])
 FACTS = {"stage": "joint", "world": 2, "expert_parallel": 2, "bias_target": "selection"}
 
 
-def train_resume(ranks: Ranks, folder: str, expert_parallel: int) -> dict[str, Any]:
+def train_resume(ranks: Ranks, folder: str, expert_parallel: int, zero_stage: int) -> dict[str, Any]:
     """Three steps, a checkpoint after the first; then steps two and three again from the checkpoint."""
     checker = FixedChecker(lambda text, gold: len(text) % 2 == 0)
     run_dir, facts = Path(folder), FACTS | {"expert_parallel": expert_parallel}
-    stage = make_joint_stage(ranks, joint_config(), expert_parallel, checker)
+    stage = make_joint_stage(ranks, joint_config(), expert_parallel, checker, zero_stage=zero_stage)
     undisturbed = [dict(stage.step(0).metrics)]
     save_checkpoint(stage.student, run_dir, 1, stage.state(), facts)
     undisturbed += [dict(stage.step(step).metrics) for step in (1, 2)]
@@ -39,16 +39,16 @@ def train_resume(ranks: Ranks, folder: str, expert_parallel: int) -> dict[str, A
     stage.student.engine.eval()
     with torch.no_grad():
         logits = stage.student.engine(input_ids=TOKENS, use_cache=False).logits
-    again = make_joint_stage(ranks, joint_config(seed=0), expert_parallel, checker)
+    again = make_joint_stage(ranks, joint_config(seed=0), expert_parallel, checker, zero_stage=zero_stage)
     again.load_state(load_checkpoint(again.student, find_checkpoints(run_dir)[0]))
     resumed = [dict(again.step(step).metrics) for step in (1, 2)]
     return {"undisturbed": undisturbed, "resumed": resumed, "logits": logits}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+@pytest.fixture(scope="module", params=[2, 3], ids=["zero2", "zero3"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("run")
-    return folder, run_ranks(train_resume, 2, str(folder), 2)[0]
+    return folder, run_ranks(train_resume, 2, str(folder), 2, request.param)[0]
 
 
 @pytest.mark.ranks
@@ -92,7 +92,7 @@ def resumable(ranks: Ranks, folder: str) -> dict[str, Any]:
 def test_damage_is_named(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, _ = trained
     newest = find_checkpoints(folder)[-1].folder
-    victim = newest / "weights" / "rank_00001.safetensors"
+    victim = newest / "weights" / "layer_00001.rank_00001.safetensors"
     whole = victim.read_bytes()
     for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
         victim.write_bytes(damaged)
@@ -111,7 +111,7 @@ def test_damage_is_named(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -
 @pytest.mark.slow
 def test_a_missing_expert_is_not_exported(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, _ = trained
-    victim = find_checkpoints(folder)[0].folder / "weights" / "rank_00001.safetensors"
+    victim = find_checkpoints(folder)[0].folder / "weights" / "layer_00001.rank_00001.safetensors"
     whole, tensors = victim.read_bytes(), load_file(victim)
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     padding = {name + ".renamed": tensors.pop(name)}
@@ -119,7 +119,10 @@ def test_a_missing_expert_is_not_exported(trained: tuple[Path, dict[str, Any]], 
     manifest = victim.parent.parent / "manifest.json"
     text = manifest.read_text()
     tree = json.loads(text)
-    tree["files"]["weights/rank_00001.safetensors"] = {"bytes": victim.stat().st_size, "sha256": sha256_of(victim)}
+    tree["files"]["weights/layer_00001.rank_00001.safetensors"] = {
+        "bytes": victim.stat().st_size,
+        "sha256": sha256_of(victim),
+    }
     manifest.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
         export_run(ExportOptions(run=folder, output=tmp_path / "student", step=1))

@@ -15,7 +15,6 @@ from padd_ds.engine.weights import EXPERT_NAMES, checkpoint_name, local_tensors
 from padd_ds.losses.prior import expert_prior
 from padd_ds.losses.tokens import cross_entropy_sum, global_mean
 from padd_ds.losses.warmup import init_kl
-from padd_ds.stages.warmup import student_activity
 from tests.ranks import run_ranks
 from tests.tiny import tiny_student
 
@@ -23,8 +22,10 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 
 def deepspeed_tree(stage: int, expert_parallel: int) -> dict[str, Any]:
+    # Under ZeRO-3 small parameters would stay whole.
+    spread = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
     return {
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **spread},
         "gradient_clipping": 0.0,
         "expert_parallel": {"enabled": True, "autoep_size": expert_parallel, "use_grouped_mm": False},
     }
@@ -44,11 +45,13 @@ def run_config(**overrides: Any) -> RunConfig:
     return RunConfig(**(values | overrides))
 
 
-def build(ranks: Ranks, stage: int, expert_parallel: int, **model: Any) -> Student:
+def build(ranks: Ranks, stage: int, expert_parallel: int, checkpointing: bool = False, **model: Any) -> Student:
     tree = deepspeed_tree(stage, expert_parallel)
     return build_student(
         tiny_student(),
-        run_config(model=ModelConfig(student="unused", teacher="unused", **model)),
+        run_config(
+            activation_checkpointing=checkpointing, model=ModelConfig(student="unused", teacher="unused", **model)
+        ),
         tree,
         ranks,
         trainable=lambda name: True,
@@ -78,7 +81,7 @@ def one_step(
     student.backward(global_mean(loss_sum, batch()[1][:, 1:].sum(), ranks.world))
     student.step()
     return {"loss_sum": loss_sum.detach(), "logits": logits_BTV.detach()} | {
-        name: tensor.clone() for name, tensor in local_tensors(student)
+        name: tensor.clone() for _, tensors in local_tensors(student) for name, tensor in tensors.items()
     }
 
 
@@ -105,6 +108,9 @@ def reference_step() -> dict[str, torch.Tensor]:
         (2, 2, 2, "dispatched"),
         (4, 2, 2, "dispatched"),
         (2, 2, 1, "masked"),
+        (2, 3, 1, "dispatched"),
+        (2, 3, 2, "dispatched"),
+        (4, 3, 2, "dispatched"),
     ],
 )
 def test_a_step_equals_plain_transformers(world: int, stage: int, expert_parallel: int, expert_compute: str) -> None:
@@ -131,24 +137,23 @@ def test_a_step_equals_plain_transformers(world: int, stage: int, expert_paralle
 PRIOR_E = torch.tensor([0.1, 0.2, 0.3, 0.4])
 
 
-def gradients(ranks: Ranks, expert_parallel: int) -> dict[str, torch.Tensor]:
+def gradients(ranks: Ranks, expert_parallel: int, stage: int, checkpointing: bool = False) -> dict[str, torch.Tensor]:
     """Gradients of a language-model loss plus L_init, by checkpoint name, from a sigmoid of all sorts of tokens."""
-    student = build(ranks, 2, expert_parallel)
+    student = build(ranks, stage, expert_parallel, checkpointing=checkpointing)
     tokens_BT, mask_BT = (part.chunk(ranks.world)[ranks.rank] for part in batch())
     student.engine.train()
-    with student.recording(inputs=True) as record:
+    with student.routing("routed", sample_S=torch.arange(tokens_BT.numel())):
+        student.backward(_loss(student, tokens_BT, mask_BT, expert_parallel))
+    return dict(_full_gradients(student))
+
+
+def _loss(student: Student, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, expert_parallel: int) -> torch.Tensor:
+    with student.recording() as record:
         logits_BTV = student.engine(input_ids=tokens_BT, attention_mask=mask_BT.long(), use_cache=False).logits
     loss_sum = cross_entropy_sum(logits_BTV[:, :-1], tokens_BT[:, 1:], mask_BT[:, 1:])
-    assert record.inputs_SD is not None
-    init = torch.stack(
-        [
-            init_kl(expert_prior(student_activity(layer, record.inputs_SD[index]), 0.3), PRIOR_E)
-            for index, layer in enumerate(student.layers)
-        ]
-    ).mean()
-    loss = global_mean(loss_sum, batch()[1][:, 1:].sum(), ranks.world)
-    student.backward(loss + init * expert_parallel)
-    return dict(_full_gradients(student))
+    activities = [record.activity_E[index] for index in range(len(student.layers))]
+    init = torch.stack([init_kl(expert_prior(activity_E, 0.3), PRIOR_E) for activity_E in activities]).mean()
+    return global_mean(loss_sum, batch()[1][:, 1:].sum(), student.ranks.world) + init * expert_parallel
 
 
 def _full_gradients(student: Student) -> Any:
@@ -164,15 +169,30 @@ def _full_gradients(student: Student) -> Any:
             yield f"{prefix}.{first + offset}.{EXPERT_NAMES[stacked]}.weight", part.clone()
 
 
-def test_gradients_do_not_depend_on_expert_parallelism() -> None:
-    """L_init sees the tokens of a whole expert-parallel group, so its sample is made equal: all tokens."""
-    alone = run_ranks(gradients, 1, 1)[0]
-    for world, expert_parallel in ((2, 2), (4, 4)):
-        by_rank = run_ranks(gradients, world, expert_parallel)
-        merged = {name: gradient for result in by_rank for name, gradient in result.items()}
-        assert set(merged) == set(alone)
-        for name, expected in alone.items():
-            scale = float(expected.abs().max())
-            assert scale > 0, name
-            difference = float((merged[name] - expected).abs().max())
-            assert difference <= 1e-6 * scale, (name, expert_parallel, difference / scale)
+def merged_gradients(world: int, expert_parallel: int, stage: int, checkpointing: bool = False) -> dict[str, Any]:
+    by_rank = run_ranks(gradients, world, expert_parallel, stage, checkpointing)
+    return {name: gradient for result in by_rank for name, gradient in result.items()}
+
+
+def assert_same_gradients(found: dict[str, Any], expected: dict[str, Any], case: object) -> None:
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        assert scale > 0, name
+        difference = float((found[name] - gradient).abs().max())
+        assert difference <= 1e-6 * scale, (name, case, difference / scale)
+
+
+def test_gradients_depend_neither_on_expert_parallelism_nor_on_the_zero_stage() -> None:
+    """L_init sees the tokens of a whole expert-parallel group, so that group has all ranks here."""
+    alone = merged_gradients(1, 1, 2)
+    for case in ((2, 2, 3, True), (2, 2, 2), (4, 4, 2), (2, 2, 3)):
+        assert_same_gradients(merged_gradients(*case), alone, case)
+
+
+def test_gradients_of_several_replicas_do_not_depend_on_the_zero_stage() -> None:
+    for world, expert_parallel in ((2, 1), (4, 2)):
+        expected = merged_gradients(world, expert_parallel, 1)
+        for stage in (2, 3):
+            case = (world, expert_parallel, stage)
+            assert_same_gradients(merged_gradients(*case), expected, case)

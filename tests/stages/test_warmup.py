@@ -8,9 +8,10 @@ import torch
 from padd_ds.config.schema import RunConfig
 from padd_ds.config.sections import OptimizerConfig, WarmupConfig
 from padd_ds.conversion.targets import ConversionTargets
+from padd_ds.engine.activity import experts_activity
 from padd_ds.engine.ranks import Ranks
 from padd_ds.losses.prior import expert_prior
-from padd_ds.stages.warmup import WarmupStage, is_trained, student_activity
+from padd_ds.stages.warmup import WarmupStage, is_trained
 from tests.ranks import run_ranks
 from tests.tiny import tiny_student
 from tests.world import deepspeed_tree, joint_config, make_student, problems
@@ -144,7 +145,7 @@ def test_what_is_trained() -> None:
 def activity(ranks: Ranks) -> torch.Tensor:
     student = make_student(ranks, warmup_config(), deepspeed_tree(ranks.world))
     x_SD = torch.randn(12, 32, generator=torch.Generator().manual_seed(1)).chunk(ranks.world)[ranks.rank]
-    return student_activity(student.layers[0], x_SD).detach()
+    return experts_activity(student.layers[0], x_SD).detach()
 
 
 @pytest.mark.ranks
