@@ -26,6 +26,7 @@ from padd_ds.checkpoint.layout import (
     check_sizes,
     find_checkpoints,
 )
+from padd_ds.engine.elastic import check_resizable, load_resized
 from padd_ds.engine.ranks import Ranks, barrier, gather_objects, together
 from padd_ds.engine.student import Student
 from padd_ds.engine.weights import local_tensors
@@ -58,7 +59,7 @@ def save_checkpoint(
         hashes = together(lambda: _own_hashes(staged, ranks), ranks)
         gathered = gather_objects(hashes, ranks)
         files = {name: entry for part in gathered for name, entry in part.items()}
-        manifest = {"step": step, **facts, "files": files}
+        manifest = {"step": step, **facts, **size_facts(student), "files": files}
         together(lambda: _seal(staged, final, manifest) if ranks.is_main else None, ranks)
     except UserError:
         shutil.rmtree(staged, ignore_errors=True)
@@ -69,15 +70,26 @@ def save_checkpoint(
 def load_checkpoint(student: Student, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Put the student back to where `checkpoint` left it; returns the stage's own tensors.
 
-    UserError if it was written by another number of ranks or another expert-parallel size.
+    Another number of ranks, expert-parallel size or ZeRO stage than its own goes by DeepSpeed's universal format;
+    UserError where that is not possible.
     """
-    for key, here in (("world", student.ranks.world), ("expert_parallel", student.expert_parallel_size)):
-        there = checkpoint.facts[key]
-        if there != here:
-            raise UserError(f"{checkpoint.folder}: written with {key} {there}, resumed with {here}; use {there}")
+    same = all(checkpoint.facts[name] == value for name, value in size_facts(student).items())
     with _trusted_deepspeed_types():
-        student.engine.load_checkpoint(str(checkpoint.folder), tag=DEEPSPEED_TAG)
+        if same:
+            student.engine.load_checkpoint(str(checkpoint.folder), tag=DEEPSPEED_TAG)
+        else:
+            check_resizable(checkpoint, student.zero_stage)
+            load_resized(student.engine, checkpoint, student.ranks)
     return load_file(checkpoint.folder / STAGE_STATE)
+
+
+def size_facts(student: Student) -> dict[str, int]:
+    """What DeepSpeed's own files depend on."""
+    return {
+        "world": student.ranks.world,
+        "expert_parallel": student.expert_parallel_size,
+        "zero_stage": student.zero_stage,
+    }
 
 
 def last_whole_checkpoint(

@@ -53,7 +53,11 @@ class Student:
     @property
     def separates_terms(self) -> bool:
         """Whether a backward pass of one term of the loss alone is possible: ZeRO-3 knows whole ones only."""
-        return int(self.engine.zero_optimization_stage()) < 3
+        return self.zero_stage < 3
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.engine.zero_optimization_stage())
 
     @property
     def trained_parameters(self) -> list[torch.nn.Parameter]:

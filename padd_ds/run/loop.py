@@ -47,8 +47,6 @@ def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint
 def _checkpoint(stage: Stage, config: RunConfig, ranks: Ranks, step: int) -> None:
     facts = {
         "stage": config.stage,
-        "world": ranks.world,
-        "expert_parallel": stage.student.expert_parallel_size,
         "bias_target": config.balance.target if config.balances_by_bias else "selection",
     }
     folder = Path(config.run_dir)

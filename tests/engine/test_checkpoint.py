@@ -22,13 +22,13 @@ from tests.ranks import run_ranks
 from tests.world import FixedChecker, joint_config, make_joint_stage, make_tokenizer
 
 TOKENS = torch.tensor([[5, 9, 7, 4, 21, 8, 30, 11]])
-FACTS = {"stage": "joint", "world": 2, "expert_parallel": 2, "bias_target": "selection"}
+FACTS = {"stage": "joint", "bias_target": "selection"}
 
 
 def train_resume(ranks: Ranks, folder: str, expert_parallel: int, zero_stage: int) -> dict[str, Any]:
     """Three steps, a checkpoint after the first; then steps two and three again from the checkpoint."""
     checker = FixedChecker(lambda text, gold: len(text) % 2 == 0)
-    run_dir, facts = Path(folder), FACTS | {"expert_parallel": expert_parallel}
+    run_dir, facts = Path(folder), FACTS
     stage = make_joint_stage(ranks, joint_config(), expert_parallel, checker, zero_stage=zero_stage)
     undisturbed = [dict(stage.step(0).metrics)]
     save_checkpoint(stage.student, run_dir, 1, stage.state(), facts)
