@@ -4,7 +4,9 @@ import torch
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 
-def tiny_student(n_experts: int = 4, top_k: int = 2, seed: int = 0, vocabulary: int = 64) -> Glm4MoeForCausalLM:
+def tiny_student(
+    n_experts: int = 4, top_k: int = 2, seed: int = 0, vocabulary: int = 64, shared: int = 1
+) -> Glm4MoeForCausalLM:
     """A random student as padd-convert writes it: untied head, one shared slice, experts that add up."""
     config = Glm4MoeConfig(
         vocab_size=vocabulary,
@@ -16,7 +18,7 @@ def tiny_student(n_experts: int = 4, top_k: int = 2, seed: int = 0, vocabulary: 
         num_key_value_heads=2,
         head_dim=8,
         n_routed_experts=n_experts,
-        n_shared_experts=1,
+        n_shared_experts=shared,
         num_experts_per_tok=top_k,
         routed_scaling_factor=float(top_k),
         first_k_dense_replace=0,

@@ -111,17 +111,32 @@ def _copy_companions(student: Path, staged: Path, dtype: str | None) -> None:
 
 def _write_shards(files: dict[str, Any], staged: Path, options: ExportOptions) -> int:
     shards = list(_plan_shards(files, options.shard_bytes))
-    weight_map: dict[str, str] = {}
+    empty = _shared_experts_of_width_0(staged)
+    weight_map: dict[str, str] = dict.fromkeys(empty, f"model-00001-of-{len(shards):05d}.safetensors")
     total_bytes = 0
     for number, names in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: _cast(files[name].get_tensor(name), name, options.dtype) for name in names}
-        save_file(tensors, staged / file_name, metadata={"format": "pt"})
+        save_file(tensors | (empty if number == 1 else {}), staged / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file_name)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (staged / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return total_bytes
+
+
+def _shared_experts_of_width_0(student: Path) -> dict[str, torch.Tensor]:
+    """What the class has in place of shared experts where a student has none; training leaves them out."""
+    config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] != "glm4_moe" or config["n_shared_experts"]:
+        return {}
+    width = config["hidden_size"]
+    shapes = {"gate": (0, width), "up": (0, width), "down": (width, 0)}
+    return {
+        f"model.layers.{layer}.mlp.shared_experts.{name}_proj.weight": torch.empty(shape)
+        for layer in range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
+        for name, shape in shapes.items()
+    }
 
 
 def _plan_shards(files: dict[str, Any], shard_bytes: int) -> Iterator[list[str]]:

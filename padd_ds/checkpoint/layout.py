@@ -30,7 +30,7 @@ class Checkpoint:
     step: int
     """Steps that were done when it was written; training goes on with this step."""
     facts: Mapping[str, Any]
-    """The manifest: step, stage, world, expert_parallel, zero_stage, bias_target, and of every file bytes and SHA-256."""
+    """The manifest: step, stage, world, expert_parallel, zero_stage, bias_target; bytes and SHA-256 of every file."""
 
     def files(self, folder: str = "") -> list[str]:
         """Names of its files, in order; of those in one folder of it if named."""

@@ -36,4 +36,8 @@ def expert_parallel_keys(model_config: Any) -> dict[str, Any]:
         known = ", ".join(EXPERT_PARALLEL_KEYS)
         raise UserError(f"student class {model_config.model_type} cannot be trained yet; known: {known}")
     keys = EXPERT_PARALLEL_KEYS[model_config.model_type]
+    if not model_config.n_shared_experts:
+        # The class has them nevertheless, of width 0, which ZeRO-3 cannot spread.
+        keys = {name: value for name, value in keys.items() if name != "shared_experts_pattern"}
+        keys["has_shared_experts"] = False
     return keys | {"routed_scaling_factor": model_config.routed_scaling_factor}

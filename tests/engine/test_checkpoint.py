@@ -9,17 +9,20 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file, save_file
+from transformers import Glm4MoeForCausalLM
 
 from padd_ds.checkpoint.export import ExportOptions, export_run
 from padd_ds.checkpoint.layout import find_checkpoints
 from padd_ds.engine.checkpoint import _trusted_deepspeed_types, last_whole_checkpoint, load_checkpoint, save_checkpoint
 from padd_ds.engine.ranks import Ranks
+from padd_ds.engine.student import build_student
 from padd_ds.errors import UserError
 from padd_ds.files import sha256_of
 from padd_ds.hf import load_causal_lm
 from padd_ds.run.folder import keep_student_files
 from tests.ranks import run_ranks
-from tests.world import FixedChecker, joint_config, make_joint_stage, make_tokenizer
+from tests.tiny import tiny_student
+from tests.world import FixedChecker, deepspeed_tree, joint_config, make_joint_stage, make_tokenizer
 
 TOKENS = torch.tensor([[5, 9, 7, 4, 21, 8, 30, 11]])
 FACTS = {"stage": "joint", "bias_target": "selection"}
@@ -128,6 +131,42 @@ def test_a_missing_expert_is_not_exported(trained: tuple[Path, dict[str, Any]], 
         export_run(ExportOptions(run=folder, output=tmp_path / "student", step=1))
     victim.write_bytes(whole)
     manifest.write_text(text)
+
+
+def train_bare(ranks: Ranks, folder: str) -> torch.Tensor:
+    """A step at ZeRO-3 and a checkpoint of a student that has no shared experts; its logits."""
+    student = build_student(
+        tiny_student(shared=0),
+        joint_config(),
+        deepspeed_tree(2, 3),
+        ranks,
+        trainable=lambda name: True,
+        accumulation_steps=1,
+        total_steps=2,
+    )
+    student.backward(student.engine(input_ids=TOKENS, use_cache=False).logits.square().mean())
+    student.step()
+    save_checkpoint(student, Path(folder), 1, {}, FACTS)
+    if ranks.is_main:
+        keep_student_files(Path(folder), student.model, make_tokenizer(), Path("none"))
+    with torch.no_grad():
+        logits: torch.Tensor = student.engine(input_ids=TOKENS, use_cache=False).logits
+    return logits
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_student_without_shared_experts_trains_at_zero_3_and_is_exported_whole(tmp_path: Path) -> None:
+    expected = run_ranks(train_bare, 2, str(tmp_path / "run"))[0]
+    export_run(ExportOptions(run=tmp_path / "run", output=tmp_path / "student"))
+    model, info = Glm4MoeForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        logits = model(input_ids=TOKENS, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        before = tiny_student(shared=0)(input_ids=TOKENS, use_cache=False).logits
+    assert (before - logits).abs().max() > 1e-3
 
 
 class Reduced:
