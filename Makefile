@@ -29,7 +29,7 @@ STUDENT ?= repro/full/seed0/half/warmed-up/model
 TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm eval-gsm8k eval-math500 bench-convert bench-joint \
+.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-faults eval-gsm8k eval-math500 bench-convert bench-joint \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
@@ -52,6 +52,9 @@ test-fast: lint  ## all but the tests marked slow
 test-slurm: $(READY)  ## the jobs of slurm/ on a real Slurm of two nodes on this host (root; Debian's slurm-wlm and munge)
 	trap 'tools/slurm_testbed.sh stop .cache/slurm' EXIT; tools/slurm_testbed.sh start .cache/slurm; \
 	    SLURM_CONF=$(CURDIR)/.cache/slurm/slurm.conf $(BIN)/python -m pytest tests/slurm
+
+test-faults: $(READY)  ## ranks killed and stopped at 20 random moments of one run, which then ends as the undisturbed one
+	PADD_STRIKES=20 $(BIN)/python -m pytest tests/faults
 
 lint: $(READY)
 	$(BIN)/ruff check $(RUFF_RULES) $(LINTED)
