@@ -4,10 +4,13 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from padd_ds.config.schema import RunConfig
 from padd_ds.config.sections import DataConfig, ModelConfig, OptimizerConfig, RewardConfig, RolloutConfig
 from padd_ds.data.answers import AnswerFormat
 from padd_ds.data.problems import Problem
+from padd_ds.engine.frozen import Placement, place_frozen
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
 from padd_ds.rollout.guidance import Guidance
@@ -87,12 +90,13 @@ def make_joint_stage(
     checker: Any = None,
     guidance: Guidance | None = None,
     zero_stage: int = 2,
+    placement: Placement = "replicated",
 ) -> JointStage:
     """The stage as build.py makes it, from parts in memory."""
     tokenizer = make_tokenizer()
     tree = deepspeed_tree(expert_parallel, zero_stage)
     student = make_student(ranks, config, tree, lambda name: joint.is_trained(name, config.routing.train_router))
-    teacher = make_tiny_model().eval().requires_grad_(False)
+    teacher = place_frozen(make_tiny_model(), placement, torch.float32, ranks)
     reference = make_tiny_model(seed=1).eval().requires_grad_(False) if config.policy.kl_weight else None
     checker = checker or AnswerChecker(AnswerFormat(name="pattern", pattern=config.reward.answer_pattern))
     collector = make_collector(config, student, tokenizer, problems(), checker, guidance)

@@ -106,7 +106,7 @@ def open_stage(inputs: Inputs, ranks: Ranks) -> Iterator[Stage]:
     }
     config = inputs.config
     student = _student(inputs, ranks)
-    teacher = load_teacher(config, inputs.dtype, ranks.device) if config.needs_teacher else None
+    teacher = load_teacher(config, inputs.dtype, ranks) if config.needs_teacher else None
     stage = builders[config.stage](inputs, student, teacher)
     try:
         yield stage.as_stage()

@@ -14,6 +14,8 @@ from padd_ds.data.problems import FieldMap, Problem, map_rows
 from padd_ds.data.prompts import PromptTemplate, render, render_target, resolve_template
 from padd_ds.data.sources import read_rows
 from padd_ds.data.split import decontaminate, split_problems
+from padd_ds.engine.frozen import place_frozen
+from padd_ds.engine.ranks import Ranks
 from padd_ds.errors import UserError
 from padd_ds.hf import load_causal_lm
 from padd_ds.offline.cache import check_responses, read_responses
@@ -102,11 +104,11 @@ def load_reference(config: RunConfig, dtype: torch.dtype, device: torch.device) 
     return reference.requires_grad_(False).to(device)
 
 
-def load_teacher(config: RunConfig, dtype: torch.dtype, device: torch.device) -> Any:
-    """The frozen dense teacher on `device`."""
+def load_teacher(config: RunConfig, dtype: torch.dtype, ranks: Ranks) -> Any:
+    """The frozen dense teacher, placed as the configuration says. Collective unless it is replicated."""
     assert config.model.teacher is not None
     teacher = load_causal_lm(config.model.teacher, dtype, trust_remote_code=config.model.trust_remote_code)
-    return teacher.requires_grad_(False).to(device)
+    return place_frozen(teacher, config.model.teacher_placement, dtype, ranks)
 
 
 def check_vocabularies(other: str, other_size: int, student_size: int) -> None:
