@@ -305,7 +305,7 @@ def _taken(**candidates: int) -> dict[str, tuple[str, ...]]:
 
 
 TUNED: dict[str, dict[str, tuple[str, ...]]] = {
-    "three-quarters": _taken(sft=2, warmed_up=0, dense_grpo=0, vanilla_grpo=0, gspo=0, rspo=0, online_kd=3, padd=3),
+    "three-quarters": _taken(sft=2, warmed_up=0, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=0, online_kd=3, padd=0),
     "smollm2": {
         "sft": ("optimizer.learning_rate=1e-4",),
         "warmed-up": ("optimizer.learning_rate=1e-4", "warmup.kd_weight=2"),
