@@ -20,6 +20,10 @@ class TrainingDiverged(RuntimeError):
     """A loss or a gradient is not finite; raised on all ranks before the weights change."""
 
 
+class HandoverError(RuntimeError):
+    """A model computes something else than it did before it was handed over; raised on all ranks."""
+
+
 class OneRankError(UserError):
     """A UserError that one rank of several knows of and that rank therefore has to tell."""
 

@@ -15,7 +15,14 @@ from pathlib import Path
 from padd_ds.config.deepspeed_json import load_deepspeed_json
 from padd_ds.config.describe import describe_options
 from padd_ds.config.load import as_yaml, load_run_config
-from padd_ds.errors import EXIT_CODE_STOPPED, EXIT_CODE_USER_ERROR, OneRankError, TrainingDiverged, UserError
+from padd_ds.errors import (
+    EXIT_CODE_STOPPED,
+    EXIT_CODE_USER_ERROR,
+    HandoverError,
+    OneRankError,
+    TrainingDiverged,
+    UserError,
+)
 from padd_ds.launcher import launched_rank
 from padd_ds.run.lock import run_lock
 from padd_ds.run.stop import StoppedEarly
@@ -126,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
         if launched_rank() in (None, 0):
             say(f"{stopped}, and saved; the same command with --resume goes on")
         sys.exit(EXIT_CODE_STOPPED)
-    except TrainingDiverged as error:
+    except (HandoverError, TrainingDiverged) as error:
         if launched_rank() in (None, 0):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -27,11 +27,15 @@ from padd_ds.checkpoint.layout import (
     find_checkpoints,
 )
 from padd_ds.engine.elastic import check_resizable, load_resized
+from padd_ds.engine.handover import check_handover
 from padd_ds.engine.ranks import Ranks, barrier, gather_objects, together
 from padd_ds.engine.student import Student
 from padd_ds.engine.weights import local_tensors
 from padd_ds.errors import OneRankError, UserError
 from padd_ds.files import disk_full_is_user_error, give_usual_modes, sha256_of
+
+PROBE = "probe_logits"
+"""Beside what the stage remembers: by which a resumed student is known again."""
 
 
 def save_checkpoint(
@@ -54,7 +58,8 @@ def save_checkpoint(
         for label, tensors in local_tensors(student):
             path = staged / WEIGHTS / f"{label}.rank_{ranks.rank:05d}.safetensors"
             together(partial(_write_tensors, tensors, path), ranks)
-        together(lambda: _write_tensors(stage_state, staged / STAGE_STATE) if ranks.is_main else None, ranks)
+        own = dict(stage_state) | {PROBE: student.probe()}
+        together(lambda: _write_tensors(own, staged / STAGE_STATE) if ranks.is_main else None, ranks)
         _write_deepspeed_files(student, staged)
         hashes = together(lambda: _own_hashes(staged, ranks), ranks)
         gathered = gather_objects(hashes, ranks)
@@ -67,11 +72,13 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(student: Student, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Put the student back to where `checkpoint` left it; returns the stage's own tensors.
+def load_checkpoint(
+    student: Student, checkpoint: Checkpoint, load_state: Callable[[Mapping[str, torch.Tensor]], None]
+) -> None:
+    """Put the student back to where `checkpoint` left it, and give the stage what it remembered.
 
     Another number of ranks, expert-parallel size or ZeRO stage than its own goes by DeepSpeed's universal format;
-    UserError where that is not possible.
+    UserError where that is not possible; HandoverError if the student does not compute what was saved.
     """
     same = all(checkpoint.facts[name] == value for name, value in size_facts(student).items())
     with _trusted_deepspeed_types():
@@ -80,7 +87,10 @@ def load_checkpoint(student: Student, checkpoint: Checkpoint) -> dict[str, torch
         else:
             check_resizable(checkpoint, student.zero_stage)
             load_resized(student.engine, checkpoint, student.ranks)
-    return load_file(checkpoint.folder / STAGE_STATE)
+    stage_state = load_file(checkpoint.folder / STAGE_STATE)
+    expected_TV = stage_state.pop(PROBE)
+    load_state(stage_state)
+    check_handover(student.probe(), expected_TV, student.precision, str(checkpoint.folder), student.ranks)
 
 
 def size_facts(student: Student) -> dict[str, int]:

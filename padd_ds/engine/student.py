@@ -18,6 +18,7 @@ from padd_ds.config.sections import OptimizerConfig
 from padd_ds.engine.activity import measure_activity
 from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.finite import FiniteWatch
+from padd_ds.engine.handover import check_handover, probe_logits
 from padd_ds.engine.ranks import Ranks
 from padd_ds.moe.masked import masked_experts
 from padd_ds.moe.router import PaddRouter, RoutingControl, RoutingMode, RoutingRecord
@@ -54,6 +55,14 @@ class Student:
     def separates_terms(self) -> bool:
         """Whether a backward pass of one term of the loss alone is possible: ZeRO-3 knows whole ones only."""
         return self.zero_stage < 3
+
+    @property
+    def precision(self) -> torch.dtype:
+        return torch.bfloat16 if self.engine.bfloat16_enabled() else torch.float32
+
+    def probe(self) -> torch.Tensor:
+        """[T, V]: logits of fixed tokens, by which the model is known again. Collective."""
+        return probe_logits(self.engine, self.model.config.vocab_size, self.ranks.device)
 
     @property
     def zero_stage(self) -> int:
@@ -148,6 +157,7 @@ def build_student(
 ) -> Student:
     """Put `model` under DeepSpeed, train the parameters whose name passes `trainable`, install PADD routers.
 
+    HandoverError, on all ranks, if it then computes something else than before.
     `total_steps` counts optimiser steps, for the learning rate's schedule.
     """
     if config.activation_checkpointing:
@@ -155,6 +165,7 @@ def build_student(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable(name))
     selection_biases = _selection_biases(model)
+    expected_TV = probe_logits(model, model.config.vocab_size, next(model.parameters()).device)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],
@@ -170,7 +181,7 @@ def build_student(
             _compute_masked(layer)
     for index, layer in enumerate(layers):
         measure_activity(layer, index, control)
-    return Student(
+    student = Student(
         engine=engine,
         layers=layers,
         control=control,
@@ -178,6 +189,8 @@ def build_student(
         accumulation_steps=accumulation_steps,
         watch=FiniteWatch(engine.module, ranks.device),
     )
+    check_handover(student.probe(), expected_TV, student.precision, f"{config.model.student} in DeepSpeed", ranks)
+    return student
 
 
 def _compute_masked(layer: AutoEPMoELayer) -> None:

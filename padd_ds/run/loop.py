@@ -25,7 +25,7 @@ def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint
     """
     folder, start = Path(config.run_dir), 0
     if resume_from is not None:
-        stage.load_state(load_checkpoint(stage.student, resume_from))
+        load_checkpoint(stage.student, resume_from, stage.load_state)
         start = resume_from.step
     if ranks.is_main:
         drop_lines_from(folder, start)

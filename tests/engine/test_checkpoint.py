@@ -43,7 +43,7 @@ def train_resume(ranks: Ranks, folder: str, expert_parallel: int, zero_stage: in
     with torch.no_grad():
         logits = stage.student.engine(input_ids=TOKENS, use_cache=False).logits
     again = make_joint_stage(ranks, joint_config(seed=0), expert_parallel, checker, zero_stage=zero_stage)
-    again.load_state(load_checkpoint(again.student, find_checkpoints(run_dir)[0]))
+    load_checkpoint(again.student, find_checkpoints(run_dir)[0], again.load_state)
     resumed = [dict(again.step(step).metrics) for step in (1, 2)]
     return {"undisturbed": undisturbed, "resumed": resumed, "logits": logits}
 
