@@ -17,6 +17,7 @@ OWNED_BY_RUN_YAML = {
     "scheduler": "optimizer.schedule",
     "steps_per_print": "log.every_steps",
     "tensorboard": "log.tensorboard",
+    "zero_force_ds_cpu_optimizer": "optimizer.*, which is torch's AdamW wherever it runs",
 }
 """Keys that must not stand in the JSON, and the run option that sets each."""
 
@@ -79,9 +80,7 @@ def check_parallelism(
     if stage not in SUPPORTED_ZERO_STAGES:
         allowed = ", ".join(map(str, SUPPORTED_ZERO_STAGES))
         raise UserError(f"{path}: zero_optimization.stage {stage} is not supported; use one of {allowed}")
-    offload = [key for key in tree.get("zero_optimization", {}) if key.startswith("offload_")]
-    if offload:
-        raise UserError(f"{path}: zero_optimization.{offload[0]} is not supported yet; take it out")
+    _check_offload(path, tree.get("zero_optimization", {}), stage)
     if n_experts is None:
         return 1
     expert_parallel = tree.get("expert_parallel", {})
@@ -100,6 +99,19 @@ def check_parallelism(
             "on every rank; set autoep_size to 1, or model.expert_compute=dispatched"
         )
     return size
+
+
+def _check_offload(path: Path, zero: Mapping[str, Any], stage: int) -> None:
+    """UserError where weights or optimizer are to go where DeepSpeed or this trainer does not take them."""
+    for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = zero.get(key, {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            raise UserError(f"{path}: zero_optimization.{key}.device {device} is not supported; use cpu")
+        if device == "cpu" and stage < lowest:
+            raise UserError(
+                f"{path}: zero_optimization.{key} needs ZeRO stage {lowest} or higher, and it is {stage}; "
+                "raise the stage, or take it out"
+            )
 
 
 def check_batches(config: RunConfig, world_size: int) -> None:

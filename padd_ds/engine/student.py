@@ -247,6 +247,7 @@ def _complete_tree(
         # torch's own AdamW needs no compiler on the machine; fused and CPU variants are built at run time.
         "optimizer": {"type": "AdamW", "params": adamw | {"torch_adam": True}},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
     complete.pop("expert_parallel", None)

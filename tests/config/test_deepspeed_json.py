@@ -62,6 +62,11 @@ def test_what_is_no_json_mapping_is_refused(tmp_path: Path, text: str, message: 
         load_deepspeed_json(path)
 
 
+def offloading(stage: int, key: str, device: str = "cpu") -> dict[str, Any]:
+    tree = deepspeed_tree(1, stage=stage)
+    return tree | {"zero_optimization": {**tree["zero_optimization"], key: {"device": device}}}
+
+
 @pytest.mark.parametrize(
     ("tree", "world", "experts", "message"),
     [
@@ -70,6 +75,9 @@ def test_what_is_no_json_mapping_is_refused(tmp_path: Path, text: str, message: 
         (deepspeed_tree(0), 2, 4, "must be a positive integer"),
         (deepspeed_tree(1, stage=4), 1, 4, "stage 4 is not supported"),
         ({"zero_optimization": {"stage": 2}}, 2, 4, "expert_parallel is missing"),
+        (offloading(2, "offload_param"), 1, 4, "offload_param needs ZeRO stage 3 or higher, and it is 2"),
+        (offloading(0, "offload_optimizer"), 1, 4, "offload_optimizer needs ZeRO stage 1 or higher, and it is 0"),
+        (offloading(3, "offload_param", "nvme"), 1, 4, "device nvme is not supported; use cpu"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(tree: dict[str, Any], world: int, experts: int, message: str) -> None:

@@ -23,10 +23,11 @@ Size = tuple[int, int, int]
 """Ranks, expert-parallel size, ZeRO stage."""
 
 
-def make(ranks: Ranks, expert_parallel: int, stage: int) -> Student:
+def make(ranks: Ranks, expert_parallel: int, stage: int, offloaded: tuple[str, ...] = ()) -> Student:
     """A student whose learning rate falls, so that a schedule that was not restored would show."""
     config = joint_config(optimizer=OptimizerConfig(learning_rate=3e-3, schedule="linear"))
     tree = deepspeed_tree(expert_parallel, stage)
+    tree["zero_optimization"] |= {part: {"device": "cpu"} for part in offloaded}
     return build_student(
         tiny_student(), config, tree, ranks, trainable=lambda name: True, accumulation_steps=1, total_steps=10
     )
@@ -46,17 +47,21 @@ def loss_of_step(student: Student, step: int) -> float:
     return float(sum_over_ranks(loss_sum)) / float(n_tokens)
 
 
-def undisturbed(ranks: Ranks, folder: str, expert_parallel: int, stage: int) -> list[float]:
+def undisturbed(
+    ranks: Ranks, folder: str, expert_parallel: int, stage: int, offloaded: tuple[str, ...] = ()
+) -> list[float]:
     """Two steps, a checkpoint, and the losses of the next five."""
-    student = make(ranks, expert_parallel, stage)
+    student = make(ranks, expert_parallel, stage, offloaded)
     for step in range(2):
         loss_of_step(student, step)
     save_checkpoint(student, Path(folder), 2, {"kept": torch.arange(3)}, {"stage": "joint"})
     return [loss_of_step(student, step) for step in range(2, 7)]
 
 
-def resumed(ranks: Ranks, folder: str, expert_parallel: int, stage: int) -> list[float]:
-    student = make(ranks, expert_parallel, stage)
+def resumed(
+    ranks: Ranks, folder: str, expert_parallel: int, stage: int, offloaded: tuple[str, ...] = ()
+) -> list[float]:
+    student = make(ranks, expert_parallel, stage, offloaded)
     remembered: dict[str, torch.Tensor] = {}
     load_checkpoint(student, find_checkpoints(Path(folder))[0], remembered.update)
     assert list(remembered) == ["kept"] and torch.equal(remembered["kept"], torch.arange(3))
@@ -76,6 +81,17 @@ def test_a_run_goes_on_at_another_size_with_the_same_losses(source: Size, target
         found = run_ranks(resumed, target[0], str(tmp_path), *target[1:])[0]
         assert found == pytest.approx(expected, abs=1e-5), target
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_2"]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_offloaded_weights_and_optimizers_train_alike_and_resume(tmp_path: Path) -> None:
+    both = ("offload_optimizer", "offload_param")
+    expected = run_ranks(undisturbed, 2, str(tmp_path / "kept"), 2, 2)[0]
+    for stage, offloaded in ((2, both[:1]), (3, both)):
+        folder = str(tmp_path / f"{stage}")
+        assert run_ranks(undisturbed, 2, folder, 2, stage, offloaded)[0] == pytest.approx(expected, abs=1e-5)
+        assert run_ranks(resumed, 2, folder, 2, stage, offloaded)[0] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
