@@ -8,8 +8,6 @@
 #   DRY_RUN=1      print what would run and the resolved configuration, with or without Slurm
 # A run that a signal stops saves itself and is put back in the queue; the same job then goes on.
 
-stopped=75  # padd_ds/train.py: stopped by a signal, saved
-
 train() {
     local python=${PADD_PYTHON:-.venv/bin/python} logs first run_dir code=0
     local train=("$python" padd_ds/train.py --config "$@" --resume-or-start)
@@ -20,8 +18,12 @@ train() {
         "$python" padd_ds/train.py --config "$@" --show-config
         return
     fi
+    # Checks the configuration before any rank starts.
+    run_dir=$("$python" padd_ds/train.py --config "$@" --show-config | sed -n "s/^run_dir: //p")
     logs=${PADD_LOGS:-slurm-logs/$SLURM_JOB_NAME-$SLURM_JOB_ID}
     mkdir -p "$logs"
+    # Left by an earlier stop: should this attempt crash, it must not look stopped.
+    rm -f "$run_dir/stopped.json"
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_ADDR=${MASTER_ADDR:-$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')}
     # A port by job keeps two jobs on one node apart.
@@ -31,7 +33,8 @@ train() {
     export MASTER_ADDR MASTER_PORT HF_HUB_OFFLINE OMP_NUM_THREADS
     echo "$(date -Is) attempt $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, logs in $logs"
     srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/rank-%t.log" "${train[@]}" || code=$?
-    if [ "$code" = "$stopped" ]; then
+    # Not the code: ranks that were a little late to end are killed, and srun then tells of that.
+    if [ "$code" != 0 ] && [ -e "$run_dir/stopped.json" ]; then
         echo "$(date -Is) stopped and saved; back in the queue"
         scontrol requeue "$SLURM_JOB_ID"
         exit 0
@@ -40,7 +43,6 @@ train() {
         tail -n 3 "$logs"/rank-*.log >&2
         exit "$code"
     elif [ -n "${EXPORT:-}" ]; then
-        run_dir=$("$python" padd_ds/train.py --config "$@" --show-config | sed -n "s/^run_dir: //p")
         "$python" -m padd_ds.export --run "$run_dir" --output "$EXPORT" --overwrite
     fi
 }

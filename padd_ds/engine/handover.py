@@ -11,7 +11,7 @@ from padd_ds.engine.ranks import OtherRankFailed, Ranks, together
 from padd_ds.errors import HandoverError
 
 TOKENS = 16
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
 """Mean difference of logits over their mean size: far above rounding, far below what a wrong weight does."""
 
 

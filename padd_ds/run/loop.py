@@ -1,5 +1,6 @@
 """The training loop: step, log, checkpoint."""
 
+import json
 import sys
 import time
 from contextlib import ExitStack
@@ -11,8 +12,9 @@ from torch.utils.tensorboard import SummaryWriter
 from padd_ds.config.schema import RunConfig
 from padd_ds.engine.checkpoint import Checkpoint, load_checkpoint, rotate_checkpoints, save_checkpoint
 from padd_ds.engine.ranks import Ranks, any_rank
+from padd_ds.files import write_text_whole
 from padd_ds.run.folder import append_line, drop_lines_from
-from padd_ds.run.stop import StoppedEarly, StopRequest
+from padd_ds.run.stop import STOPPED, StoppedEarly, StopRequest
 from padd_ds.stages.stage import Stage, StepReport
 
 SHOWN = ("loss_lm", "loss_kd", "loss_init", "loss_policy", "reward", "reward_correct", "load_max_violation")
@@ -29,6 +31,7 @@ def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint
         start = resume_from.step
     if ranks.is_main:
         drop_lines_from(folder, start)
+        (folder / STOPPED).unlink(missing_ok=True)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         logger = Logger(folder, config, start, stack) if ranks.is_main else None
@@ -41,7 +44,10 @@ def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint
             if stopping or done == config.steps or done % config.checkpoint.every_steps == 0:
                 _checkpoint(stage, config, ranks, done)
             if stopping:
-                raise StoppedEarly(f"stopped by {stop.signal_name or 'a signal to another rank'} after step {done}")
+                name = stop.signal_name or "a signal to another rank"
+                if ranks.is_main:
+                    write_text_whole(folder / STOPPED, json.dumps({"signal": name, "step": done}) + "\n")
+                raise StoppedEarly(f"stopped by {name} after step {done}")
 
 
 def _checkpoint(stage: Stage, config: RunConfig, ranks: Ranks, step: int) -> None:

@@ -7,6 +7,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What Slurm sends at preemption or cancellation, and what slurm/*.sbatch ask it to send before the time limit."""
 
 
+STOPPED = "stopped.json"
+"""In the run folder, from the saved stop to the next start: which signal, after which step."""
+
+
 class StoppedEarly(Exception):
     """The run ended before its last step because a signal asked for it; it can be resumed."""
 

@@ -23,7 +23,7 @@ def test_logits_of_the_probe_do_not_depend_on_the_mode_and_leave_it() -> None:
     assert not model.training and first.shape == (16, 64) and first.std() > 0
 
 
-@pytest.mark.parametrize(("precision", "passes", "fails"), [(torch.float32, 5e-5, 2e-4), (torch.bfloat16, 2e-2, 0.1)])
+@pytest.mark.parametrize(("precision", "passes", "fails"), [(torch.float32, 5e-5, 2e-4), (torch.bfloat16, 0.1, 0.3)])
 def test_the_bound_is_that_of_the_precision(
     precision: torch.dtype, passes: float, fails: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from padd_ds.errors import EXIT_CODE_STOPPED
 from padd_ds.run.lock import run_lock
-from padd_ds.run.stop import StopRequest
+from padd_ds.run.stop import STOPPED, StopRequest
 from tests.train_inputs import make_inputs, start_training
 
 
@@ -49,6 +49,7 @@ def test_a_stopped_run_goes_on_as_the_undisturbed_one(tmp_path: Path) -> None:
     done = len(metrics(tmp_path / "stopped"))
     assert f"stopped by SIGTERM after step {done}, and saved" in told
     assert done < 20 and (tmp_path / "stopped" / "checkpoints" / f"step_{done}" / "manifest.json").exists()
+    assert json.loads((tmp_path / "stopped" / STOPPED).read_text()) == {"signal": "SIGTERM", "step": done}
     with run_lock(tmp_path / "stopped"):
         rival = start_training(inputs, steps, f"run_dir={tmp_path}/stopped", "--resume")
         _, refused = rival.communicate(timeout=120)
@@ -58,3 +59,4 @@ def test_a_stopped_run_goes_on_as_the_undisturbed_one(tmp_path: Path) -> None:
     assert resumed.wait(timeout=120) == 0, resumed.communicate()[1]
     assert whole.wait(timeout=120) == 0, whole.communicate()[1]
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    assert not (tmp_path / "stopped" / STOPPED).exists()
