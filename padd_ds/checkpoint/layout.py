@@ -46,10 +46,15 @@ class Checkpoint:
                 )
 
 
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """Where the checkpoints of a run are, oldest first; a folder without a manifest is none."""
+    found = [path.parent for path in (run_dir / "checkpoints").glob(f"step_*/{MANIFEST}")]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
 def find_checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """The checkpoints of a run, oldest first; a folder without a manifest is none."""
-    found = [_read(path.parent) for path in (run_dir / "checkpoints").glob(f"step_*/{MANIFEST}")]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    """The checkpoints of a run, oldest first; UserError for an unreadable manifest."""
+    return [read_checkpoint(folder) for folder in checkpoint_folders(run_dir)]
 
 
 def check_sizes(checkpoint: Checkpoint) -> None:
@@ -77,10 +82,14 @@ def choose_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
     return chosen[-1]
 
 
-def _read(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder; UserError for an unreadable manifest."""
     try:
         facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         facts["step"], facts["files"]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{folder / MANIFEST}: not a readable manifest ({error}); delete {folder}") from error
+        raise UserError(
+            f"{folder / MANIFEST}: not a readable manifest ({error}); the checkpoint is damaged, "
+            "see --skip-damaged of padd_ds/train.py, or delete its folder"
+        ) from error
     return Checkpoint(folder=folder, step=facts["step"], facts=facts)

@@ -24,15 +24,16 @@ from padd_ds.checkpoint.layout import (
     WEIGHTS,
     Checkpoint,
     check_sizes,
-    find_checkpoints,
+    checkpoint_folders,
+    read_checkpoint,
 )
 from padd_ds.engine.elastic import check_resizable, load_resized
 from padd_ds.engine.handover import check_handover
-from padd_ds.engine.ranks import Ranks, barrier, gather_objects, together
+from padd_ds.engine.ranks import Ranks, barrier, gather_objects, on_main, together
 from padd_ds.engine.student import Student
 from padd_ds.engine.weights import local_tensors
 from padd_ds.errors import OneRankError, UserError
-from padd_ds.files import disk_full_is_user_error, give_usual_modes, sha256_of
+from padd_ds.files import disk_full_is_user_error, give_usual_modes, replace_folder, sha256_of
 
 PROBE = "probe_logits"
 """Beside what the stage remembers: by which a resumed student is known again."""
@@ -61,7 +62,9 @@ def save_checkpoint(
         own = dict(stage_state) | {PROBE: student.probe()}
         together(lambda: _write_tensors(own, staged / STAGE_STATE) if ranks.is_main else None, ranks)
         _write_deepspeed_files(student, staged)
-        hashes = together(lambda: _own_hashes(staged, ranks), ranks)
+        # Each rank is sure to see its own files; those of other nodes may not be listed to it yet.
+        names = sorted(set().union(*gather_objects(_file_names(staged), ranks)))
+        hashes = together(lambda: _hashes(staged, names[ranks.rank :: ranks.world]), ranks)
         gathered = gather_objects(hashes, ranks)
         files = {name: entry for part in gathered for name, entry in part.items()}
         manifest = {"step": step, **facts, **size_facts(student), "files": files}
@@ -107,17 +110,21 @@ def last_whole_checkpoint(
 ) -> Checkpoint | None:
     """The newest checkpoint of a run, every file compared with its checksum; None where there is none. Collective.
 
-    UserError for a damaged one, on all ranks; with `skip_damaged` it is named and the one before it is taken.
+    UserError for a damaged one, on all ranks; with `skip_damaged` it is named, renamed, and the one before it is taken.
     """
-    for checkpoint in reversed(together(lambda: find_checkpoints(run_dir), ranks)):
+    for folder in reversed(on_main(lambda: checkpoint_folders(run_dir), ranks)):
         try:
+            checkpoint: Checkpoint = on_main(partial(read_checkpoint, folder), ranks)
             together(partial(_verify, checkpoint, ranks), ranks)
             return checkpoint
         except UserError as error:
             if not skip_damaged:
                 raise
+            # Out of the way of the rotation, which would keep it in place of a whole one.
+            aside = folder.with_name(f"damaged_{folder.name}")
+            together(partial(replace_folder, folder, aside) if ranks.is_main else lambda: None, ranks)
             if ranks.is_main:
-                say(f"skipped: {error}")
+                say(f"skipped, and renamed to {aside.name}: {error}")
     return None
 
 
@@ -129,8 +136,8 @@ def _verify(checkpoint: Checkpoint, ranks: Ranks) -> None:
 def rotate_checkpoints(run_dir: Path, keep: int, ranks: Ranks) -> None:
     """Delete all but the newest `keep` whole checkpoints, on rank 0."""
     if ranks.is_main:
-        for checkpoint in find_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(checkpoint.folder)
+        for folder in checkpoint_folders(run_dir)[:-keep]:
+            shutil.rmtree(folder)
     barrier()
 
 
@@ -154,13 +161,13 @@ def _write_deepspeed_files(student: Student, staged: Path) -> None:
         raise OneRankError(str(error)) from error
 
 
-def _own_hashes(staged: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of this rank's share of the files that all have written."""
-    names = sorted(str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file())
-    return {
-        name: {"bytes": (staged / name).stat().st_size, "sha256": sha256_of(staged / name)}
-        for name in names[ranks.rank :: ranks.world]
-    }
+def _file_names(staged: Path) -> list[str]:
+    return [str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file()]
+
+
+def _hashes(staged: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files."""
+    return {name: {"bytes": (staged / name).stat().st_size, "sha256": sha256_of(staged / name)} for name in names}
 
 
 def _seal(staged: Path, final: Path, manifest: Mapping[str, Any]) -> None:

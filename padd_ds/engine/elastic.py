@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from padd_ds.checkpoint.layout import DEEPSPEED_TAG, Checkpoint
-from padd_ds.engine.ranks import Ranks, together
+from padd_ds.engine.ranks import Ranks, barrier, together
 from padd_ds.errors import UserError
+from padd_ds.files import disk_full_is_user_error
 
 TAG = "universal"
 _POLL_S = 0.2
@@ -38,16 +39,15 @@ def load_resized(engine: Any, checkpoint: Checkpoint, ranks: Ranks) -> None:
     Needs as much disk beside the checkpoint as the checkpoint itself, for as long as it takes.
     """
     folder = checkpoint.folder.with_name(f".{checkpoint.folder.name}.universal")
-    try:
-        _convert_on_main(checkpoint.folder / DEEPSPEED_TAG, folder, ranks)
-        engine._config.load_universal_checkpoint = True
-        engine.load_checkpoint(str(folder), tag=TAG)
-        _separate_steps(engine)
-    finally:
-        engine._config.load_universal_checkpoint = False
-        together(lambda: None, ranks)
-        if ranks.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+    _convert_on_main(checkpoint.folder / DEEPSPEED_TAG, folder, ranks)
+    # A rank that fails from here on ends alone, and the launcher ends the others; the next attempt clears the folder.
+    engine._config.load_universal_checkpoint = True
+    engine.load_checkpoint(str(folder), tag=TAG)
+    engine._config.load_universal_checkpoint = False
+    _separate_steps(engine)
+    barrier()
+    if ranks.is_main:
+        shutil.rmtree(folder)
 
 
 def _convert_on_main(source: Path, folder: Path, ranks: Ranks) -> None:
@@ -59,9 +59,11 @@ def _convert_on_main(source: Path, folder: Path, ranks: Ranks) -> None:
     failure: Exception | None = None
     if ranks.is_main:
         try:
-            _convert(source, folder / TAG)
+            with disk_full_is_user_error(folder, "the checkpoint is as it was; free as much as it takes once more"):
+                _convert(source, folder / TAG)
         except Exception as error:
             failure = error
+            shutil.rmtree(folder / TAG, ignore_errors=True)
         done.touch()
     while not done.exists():
         time.sleep(_POLL_S)

@@ -74,6 +74,13 @@ def gather_over_group(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def on_main(action: Callable[[], Any], ranks: Ranks) -> Any:
+    """What `action` gives on rank 0, on every rank, as other nodes may see other files. Collective."""
+    result = [together(lambda: action() if ranks.is_main else None, ranks)]
+    torch.distributed.broadcast_object_list(result, src=0)
+    return result[0]
+
+
 def gather_objects(mine: Any, ranks: Ranks) -> list[Any]:
     """What every rank gave, in the order of ranks; small plain values. Collective."""
     told: list[Any] = [None] * ranks.world

@@ -103,6 +103,7 @@ def test_damage_is_named(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -
             export_run(ExportOptions(run=folder, output=tmp_path / "student"))
     for found in run_ranks(resumable, 2, str(folder)):
         assert found["step"] == 1 and "rank_00001.safetensors" in found["refused"]
+    newest.with_name("damaged_step_3").rename(newest)
     victim.write_bytes(whole)
     (newest / "manifest.json").rename(newest / "elsewhere.json")
     assert [checkpoint.step for checkpoint in find_checkpoints(folder)] == [1]
