@@ -5,14 +5,16 @@
 # Arguments are sbatch's, for the three trainings. Variables:
 #   TEACHER      folder or hub id of the dense model; with TUNED=1 it is tuned already, and the first job is left out
 #   DATA, WORK   the problems; the folder for runs, models and results
-#   CONVERT      options of padd-convert besides teacher, output and calibration text
+#   CONVERT      options of padd-convert besides teacher, output and calibration file (default: as the run files)
 #   EVAL         options of padd-eval besides model and output
+#   EVAL_JOB     options of sbatch for the evaluations (default --gpus 1)
 #   CONFIGS      folder with teacher_grpo.yaml, warmup.yaml and joint.yaml (default ds_configs/runs)
 #   DRY_RUN=1    print the jobs instead of submitting them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${TEACHER:?set TEACHER to the dense model}" "${DATA:?set DATA to the problems}" "${WORK:?set WORK to a folder}"
-convert=${CONVERT:---experts 32 --shared-experts 8 --top-k 16}
+convert=${CONVERT:---experts 32 --shared-experts 8 --top-k 16 --calibration-field problem,solution
+    --calibration-template chat-boxed}
 evaluate=${EVAL:---benchmark math500 --data-dir data}
 configs=${CONFIGS:-ds_configs/runs}
 models=$WORK/models
@@ -52,6 +54,6 @@ trained=$previous
 for model in "$tuned" "$models/joint"; do
     previous=$trained
     # shellcheck disable=SC2086
-    submit "eval-$(basename "$model")" -- slurm/eval.sbatch --model "$model" \
+    submit "eval-$(basename "$model")" -- ${EVAL_JOB---gpus 1} slurm/eval.sbatch --model "$model" \
         --output "$WORK/results/$(basename "$model").json" $evaluate
 done

@@ -1,15 +1,26 @@
-# What the training jobs have in common; sourced by them, from the folder that they were submitted in.
+# What the jobs have in common; sourced by them, from the folder that they were submitted in.
 #
-# One task is one rank: --nodes and --ntasks-per-node (GPUs of a node) decide how many. Variables:
+# In a training one task is one rank: --nodes and --ntasks-per-node (GPUs of a node) decide how many. Variables:
 #   PADD_PYTHON    python of the environment (default .venv/bin/python)
 #   PADD_LOGS      where the ranks' logs go (default slurm-logs/NAME-ID/rank-N.log)
+#   OMP_NUM_THREADS, HF_HUB_OFFLINE   default: --cpus-per-task or 1, and 1
 #   EXPORT         folder for the finished run as a Hugging Face checkpoint (default: none is written)
 #   MASTER_ADDR    how the nodes reach the first one (default: its address in Slurm), MASTER_PORT likewise
 #   DRY_RUN=1      print what would run and the resolved configuration, with or without Slurm
 # A run that a signal stops saves itself and is put back in the queue; the same job then goes on.
 
+python=${PADD_PYTHON:-.venv/bin/python}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+
+# single MODULE ARGUMENTS: one process of one of the other commands.
+single() {
+    local command=("$python" -m "$@")
+    if [ "${DRY_RUN:-0}" = 1 ]; then echo "# ${command[*]}"; else exec "${command[@]}"; fi
+}
+
+# train RUN.yaml ARGUMENTS: a rank per task.
 train() {
-    local python=${PADD_PYTHON:-.venv/bin/python} logs first run_dir code=0
+    local logs first run_dir code=0
     local train=("$python" padd_ds/train.py --config "$@" --resume-or-start)
     if [ "${DRY_RUN:-0}" = 1 ]; then
         echo "# ${SLURM_JOB_NUM_NODES:-?} nodes, ${SLURM_NTASKS_PER_NODE:-?} ranks on each"
@@ -28,9 +39,7 @@ train() {
     MASTER_ADDR=${MASTER_ADDR:-$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')}
     # A port by job keeps two jobs on one node apart.
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-    HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-    export MASTER_ADDR MASTER_PORT HF_HUB_OFFLINE OMP_NUM_THREADS
+    export MASTER_ADDR MASTER_PORT
     echo "$(date -Is) attempt $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, logs in $logs"
     srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/rank-%t.log" "${train[@]}" || code=$?
     # Not the code: ranks that were a little late to end are killed, and srun then tells of that.

@@ -1,0 +1,45 @@
+"""What the scripts of slurm/ would run, without a Slurm."""
+
+import os
+import subprocess
+import sys
+
+from tests.train_inputs import REPOSITORY
+
+
+def told(*command: str, **variables: str) -> list[str]:
+    environment = os.environ | {"DRY_RUN": "1", "PADD_PYTHON": sys.executable} | variables
+    done = subprocess.run(
+        ["bash", *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_a_training_shows_its_command_and_its_configuration() -> None:
+    for stage in ("teacher_grpo", "warmup", "joint"):
+        lines = told(f"slurm/{stage}.sbatch", "steps=7", EXPORT="models/x")
+        assert f"--config ds_configs/runs/{stage}.yaml steps=7 --resume-or-start" in lines[1]
+        assert "# padd-export, to models/x" in lines
+        assert {f"stage: {stage}", "steps: 7"} <= set(lines)
+
+
+def test_the_other_jobs_show_their_command() -> None:
+    assert told("slurm/convert.sbatch", "--teacher", "T") == [f"# {sys.executable} -m padd_ds.convert --teacher T"]
+    assert told("slurm/eval.sbatch", "--model", "M") == [f"# {sys.executable} -m padd_ds.evaluate --model M"]
+
+
+def test_every_job_of_the_pipeline_waits_for_the_one_that_it_reads_from() -> None:
+    variables = {"TEACHER": "T", "DATA": "d.jsonl", "WORK": "w"}
+    jobs = told("slurm/pipeline.sh", "--nodes", "2", **variables)
+    scripts = ["teacher_grpo", "convert", "warmup", "joint", "eval", "eval"]
+    behind = [None, "teacher-grpo", "convert", "warmup", "joint", "joint"]
+    for job, script, before in zip(jobs, scripts, behind, strict=True):
+        assert f"slurm/{script}.sbatch" in job
+        assert ("--dependency" in job) == (before is not None)
+        assert before is None or f"afterok:{before} " in job
+        assert ("--nodes 2" in job) == (script in ("teacher_grpo", "warmup", "joint"))
+        assert ("--gpus 1" in job) == (script == "eval")
+    assert "EXPORT=w/models/teacher " in jobs[0] and "--teacher w/models/teacher" in jobs[1]
+    assert "model.student=w/models/converted model.teacher=w/models/teacher" in jobs[2]
+    tuned = told("slurm/pipeline.sh", TUNED="1", **variables)
+    assert len(tuned) == 5 and "--teacher T " in tuned[0] and "--dependency" not in tuned[0]
