@@ -76,13 +76,24 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
 
 
-def response_logits(model: Any, input_ids_BL: torch.Tensor, mask_BL: torch.Tensor, n_response: int) -> torch.Tensor:
-    """[B, R, V]: logits that predict the last `n_response` tokens; the prompt's are never computed."""
+def response_logits(
+    model: Any,
+    input_ids_BL: torch.Tensor,
+    mask_BL: torch.Tensor,
+    n_response: int,
+    positions_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[B, R, V]: logits that predict the last `n_response` tokens; the prompt's are never computed.
+
+    With `positions_BL` rows are packed: a document begins, and sees nothing of those before it, wherever these start
+    again at 0.
+    """
     length = input_ids_BL.shape[1]
     return model(
         input_ids=input_ids_BL,
-        attention_mask=mask_BL,
-        position_ids=position_ids(mask_BL),
+        # transformers finds packed documents by their positions, where there is no mask.
+        attention_mask=mask_BL if positions_BL is None else None,
+        position_ids=position_ids(mask_BL) if positions_BL is None else positions_BL,
         # Positions, not a number of them: the last one's logits would have to be cut off, and all others copied.
         logits_to_keep=torch.arange(length - n_response - 1, length - 1, device=input_ids_BL.device),
         use_cache=False,

@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
             together(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main else None, ranks)
             resumed = last_whole_checkpoint(folder, ranks, arguments.skip_damaged, say) if resume else None
             together(lambda: start_run_folder(folder, config, ranks.world, resumed) if ranks.is_main else None, ranks)
-            together(lambda: write_data_report(inputs.data, folder, say) if ranks.is_main else None, ranks)
+            together(lambda: write_data_report(inputs.data, config, say) if ranks.is_main else None, ranks)
             stage = stack.enter_context(open_stage(inputs, ranks))
             model, source = stage.student.model, Path(config.model.student)
             keep = partial(keep_student_files, folder, model, inputs.tokenizer, source)

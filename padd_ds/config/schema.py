@@ -41,7 +41,7 @@ class RunConfig:
     seed: int = 0
     """Everything random follows from it."""
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig = Field(default_factory=DataConfig)
     optimizer: OptimizerConfig
     warmup: WarmupConfig = Field(default_factory=WarmupConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
@@ -52,6 +52,25 @@ class RunConfig:
     routing: RoutingConfig = Field(default_factory=RoutingConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
+
+    @model_validator(mode="after")
+    def _one_source_of_data(self) -> "RunConfig":
+        if not self.reads_corpora:
+            if self.data.source is None:
+                raise ValueError("data.source is missing; set it in the file or as data.source=VALUE")
+            return self
+        if self.data != DataConfig():
+            raise ValueError(
+                "warmup.corpora takes the place of the whole data section: leave that out (on the command line: "
+                "data={}), or set warmup.corpora=[]"
+            )
+        for key in ("responses", "teacher_cache"):
+            if getattr(self.warmup, key) is not None:
+                raise ValueError(
+                    f"warmup.{key} answers the questions of data.source, which warmup.corpora takes the place of: "
+                    f"set warmup.{key}=null, or warmup.corpora=[]"
+                )
+        return self
 
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> "RunConfig":
@@ -109,6 +128,11 @@ class RunConfig:
     def reads_cache(self) -> bool:
         """Whether the teacher's likelihoods come from a file."""
         return self.stage == "warmup" and self.kd_weight > 0 and self.warmup.teacher_cache is not None
+
+    @property
+    def reads_corpora(self) -> bool:
+        """Whether the stage learns from tokenised corpora instead of problems."""
+        return self.stage == "warmup" and bool(self.warmup.corpora)
 
     def measures_gradients(self, step: int) -> bool:
         """Whether the terms' own gradients are measured at a step."""

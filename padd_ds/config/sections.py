@@ -58,8 +58,9 @@ class FieldsConfig:
 
 @section
 class DataConfig:
-    source: str
-    """JSONL, JSON or parquet file, a folder of them, or a hub dataset name."""
+    source: str | None = None
+    """JSONL, JSON or parquet file, a folder of them, or a hub dataset name. Needed, except by a warm-up with
+    warmup.corpora."""
     split: str | None = None
     """Split of a hub dataset (there usually `train`), or how the file names of a folder begin."""
     fields: FieldsConfig = Field(default_factory=FieldsConfig)
@@ -107,6 +108,14 @@ class OptimizerConfig:
 
 
 @section
+class CorpusConfig:
+    prefix: str
+    """Path of a megatron-core indexed dataset without .bin and .idx, as tools/make_corpus.py writes it."""
+    weight: Positive = 1.0
+    """Share of the sequences that come from it, relative to the other corpora's."""
+
+
+@section
 class WarmupConfig:
     """Stage I b: only the experts learn, from text, the teacher and the clusters."""
 
@@ -132,6 +141,10 @@ class WarmupConfig:
     targets, whatever part of the data they answer."""
     teacher_cache: str | None = None
     """Folder written by padd-cache with the teacher's likelihoods of these targets, in place of model.teacher."""
+    corpora: list[CorpusConfig] = Field(default_factory=list)
+    """Tokenised corpora to learn from in place of the data section: a list of {prefix, weight}."""
+    sequence_length: Annotated[int, Field(ge=2)] = 2048
+    """Tokens of a sequence of the corpora, into which whole documents are packed; longer documents are cut."""
 
 
 @section

@@ -13,10 +13,15 @@ from padd_ds.errors import UserError
 
 
 class SupervisedBatch(TypedDict):
-    """Prompts followed by targets, padded on the left, so that all targets end in the last column."""
+    """Prompts followed by targets, padded on the left, so that all targets end in the last column; or packed documents,
+    padded on the right."""
 
     input_ids_BT: torch.Tensor
     attention_mask_BT: torch.Tensor
+    """1 on all tokens but padding."""
+    position_ids_BT: torch.Tensor | None
+    """In packed rows: 0 at the first token of each document, and of the padding. None: positions follow from the
+    mask."""
     target_ids_BR: torch.Tensor
     """The last R columns of input_ids_BT."""
     target_mask_BR: torch.Tensor
@@ -70,9 +75,34 @@ def supervised_batch(
     return SupervisedBatch(
         input_ids_BT=input_ids_BT,
         attention_mask_BT=attention_mask_BT,
+        position_ids_BT=None,
         target_ids_BR=input_ids_BT[:, -n_target:],
         target_mask_BR=torch.arange(n_target) >= n_target - torch.tensor(n_targets)[:, None],
         truncated=truncated,
+    )
+
+
+def packed_batch(rows: Sequence[Sequence[np.ndarray]], pad_token_id: int) -> SupervisedBatch:
+    """Rows of whole documents, one behind the other; of each document, all tokens but the first are to be predicted.
+
+    Padding counts its own positions, as another document would, so that nothing sees it.
+    """
+    width = max(sum(map(len, documents)) for documents in rows)
+    ids_BT = np.full((len(rows), width), pad_token_id, dtype=np.int64)
+    mask_BT, positions_BT = np.zeros_like(ids_BT), np.zeros_like(ids_BT)
+    for row, documents in enumerate(rows):
+        lengths = [len(document) for document in documents]
+        used = sum(lengths)
+        ids_BT[row, :used] = np.concatenate(documents)
+        mask_BT[row, :used] = 1
+        positions_BT[row] = np.concatenate([np.arange(length) for length in (*lengths, width - used)])
+    return SupervisedBatch(
+        input_ids_BT=torch.from_numpy(ids_BT),
+        attention_mask_BT=torch.from_numpy(mask_BT),
+        position_ids_BT=torch.from_numpy(positions_BT),
+        target_ids_BR=torch.from_numpy(ids_BT[:, 1:]),
+        target_mask_BR=torch.from_numpy((mask_BT == 1) & (positions_BT > 0))[:, 1:],
+        truncated=0,
     )
 
 

@@ -15,6 +15,7 @@ from padd_ds.config.deepspeed_json import check_batches, check_parallelism, load
 from padd_ds.config.schema import RunConfig
 from padd_ds.conversion.targets import ConversionTargets, load_targets
 from padd_ds.data.answers import AnswerFormat
+from padd_ds.data.blend import Blend
 from padd_ds.data.problems import Problem
 from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.ranks import Ranks
@@ -32,13 +33,16 @@ from padd_ds.rollout.verify import AnswerChecker
 from padd_ds.stages import joint, warmup
 from padd_ds.stages.materials import (
     TrainingData,
+    check_sequence_length,
     check_vocabularies,
     load_reference,
     load_teacher,
+    open_corpora,
     prompt_template,
     read_training_data,
 )
 from padd_ds.stages.stage import Stage
+from padd_ds.stages.supervision import CorpusSupervision, ProblemSupervision, Supervision
 
 Options = TypeVar("Options")
 
@@ -51,7 +55,8 @@ class Inputs:
     deepspeed_tree: dict[str, Any]
     dtype: torch.dtype
     tokenizer: Any
-    data: TrainingData
+    data: TrainingData | Blend
+    """A Blend where a warm-up reads corpora."""
     targets: ConversionTargets | None
     cache: TeacherCache | None
     guidance: Guidance | None
@@ -81,9 +86,16 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         assert config.model.teacher is not None
         teacher = read_config(config.model.teacher, trust_remote_code=trust)
         check_vocabularies(f"model.teacher {config.model.teacher}", teacher.vocab_size, student.vocab_size)
+        if config.reads_corpora:
+            check_sequence_length(config.warmup.sequence_length, f"model.teacher {config.model.teacher}", teacher)
     reward_rules(config)
     tokenizer = load_tokenizer(config.model.student, trust_remote_code=trust)
-    data = read_training_data(config, tokenizer)
+    data: TrainingData | Blend
+    if config.reads_corpora:
+        check_sequence_length(config.warmup.sequence_length, f"model.student {config.model.student}", student)
+        data = open_corpora(config, tokenizer, student.vocab_size)
+    else:
+        data = read_training_data(config, tokenizer)
     return Inputs(
         config=config,
         deepspeed_tree=tree,
@@ -228,11 +240,17 @@ def reward_rules(config: RunConfig) -> tuple[AnswerFormat, RewardOptions]:
 
 
 def _warmup_stage(inputs: Inputs, student: Student, teacher: Any) -> warmup.WarmupStage:
+    supervision: Supervision
+    if isinstance(inputs.data, Blend):
+        pad_token_id = inputs.tokenizer.pad_token_id
+        supervision = CorpusSupervision(blend=inputs.data, pad_token_id=pad_token_id, config=inputs.config)
+    else:
+        problems = inputs.data.problems
+        supervision = ProblemSupervision(problems=problems, tokenizer=inputs.tokenizer, config=inputs.config)
     return warmup.WarmupStage(
         student=student,
         teacher=teacher,
-        tokenizer=inputs.tokenizer,
-        problems=inputs.data.problems,
+        supervision=supervision,
         targets=inputs.targets,
         cache=inputs.cache,
         config=inputs.config,
@@ -241,6 +259,7 @@ def _warmup_stage(inputs: Inputs, student: Student, teacher: Any) -> warmup.Warm
 
 def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointStage:
     config = inputs.config
+    assert isinstance(inputs.data, TrainingData)
     answer_format, _ = reward_rules(config)
     checker = AnswerChecker(answer_format, workers=config.reward.workers, timeout_s=config.reward.timeout_s)
     reference = load_reference(config, inputs.dtype, student.ranks.device)

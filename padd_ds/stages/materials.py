@@ -10,6 +10,8 @@ import torch
 
 from padd_ds.config.schema import RunConfig
 from padd_ds.config.sections import DataConfig
+from padd_ds.data.blend import Blend, PackedCorpus
+from padd_ds.data.corpus import Corpus
 from padd_ds.data.problems import FieldMap, Problem, map_rows
 from padd_ds.data.prompts import PromptTemplate, render, render_target, resolve_template
 from padd_ds.data.sources import read_rows
@@ -38,6 +40,7 @@ def read_training_data(config: RunConfig, tokenizer: Any) -> TrainingData:
     UserError where a file, a field or a whole part is missing.
     """
     data = config.data
+    assert data.source is not None
     check_responses(data.source)
     problems = map_rows(read_rows(data.source, data.split), field_map(data))
     kept, dropped = decontaminate(problems, _benchmark_questions(data))
@@ -67,6 +70,24 @@ def read_training_data(config: RunConfig, tokenizer: Any) -> TrainingData:
         "problems": len(fitting),
     }
     return TrainingData(problems=fitting, dropped_benchmark=[p.question for p in dropped], facts=facts)
+
+
+def open_corpora(config: RunConfig, tokenizer: Any, vocabulary: int) -> Blend:
+    """The corpora of a warm-up, checked and packed. UserError where one is damaged, empty or of another tokenizer."""
+    options, packed = config.warmup, []
+    for index, chosen in enumerate(options.corpora):
+        corpus = Corpus.open(Path(chosen.prefix), tokenizer, vocabulary)
+        packed.append(PackedCorpus(corpus, options.sequence_length, (config.seed, index)))
+        if not len(packed[-1].packing):
+            raise UserError(f"{chosen.prefix}: has no document of two tokens or more; drop it from warmup.corpora")
+    return Blend(tuple(packed), tuple(chosen.weight for chosen in options.corpora))
+
+
+def check_sequence_length(length: int, model: str, model_config: Any) -> None:
+    """UserError unless the model knows as many positions as a sequence of the corpora has."""
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise UserError(f"warmup.sequence_length {length} is more than the {limit} positions of {model}; lower it")
 
 
 def field_map(data: DataConfig) -> FieldMap:
@@ -120,12 +141,16 @@ def check_vocabularies(other: str, other_size: int, student_size: int) -> None:
         )
 
 
-def write_data_report(data: TrainingData, run_dir: Path, log: Callable[[str], None]) -> None:
-    """Say what was left out, and list the questions that a benchmark holds."""
+def write_data_report(data: TrainingData | Blend, config: RunConfig, log: Callable[[str], None]) -> None:
+    """Say what there is and what was left out, and list the questions that a benchmark holds."""
+    if isinstance(data, Blend):
+        for line in data.describe(config.steps * config.warmup.batch_size):
+            log(line)
+        return
     log("data: " + ", ".join(f"{name} {count}" for name, count in data.facts.items()))
     if data.dropped_benchmark:
         lines = [json.dumps({"question": question}) for question in data.dropped_benchmark]
-        (run_dir / "dropped_questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (Path(config.run_dir) / "dropped_questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _benchmark_questions(data: DataConfig) -> list[str]:

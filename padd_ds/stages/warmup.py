@@ -14,9 +14,7 @@ import torch
 
 from padd_ds.config.schema import RunConfig
 from padd_ds.conversion.targets import ConversionTargets
-from padd_ds.data.batches import SupervisedBatch, batch_indices, supervised_batch
-from padd_ds.data.problems import Problem
-from padd_ds.data.prompts import render
+from padd_ds.data.batches import SupervisedBatch
 from padd_ds.engine.ranks import sum_over_ranks
 from padd_ds.engine.student import Student
 from padd_ds.errors import OneRankError, UserError
@@ -29,9 +27,9 @@ from padd_ds.moe.router import RoutingRecord
 from padd_ds.offline.cache import TeacherCache
 from padd_ds.seeds import derive_seed
 from padd_ds.stages.gradients import add_gradient_norms, measured_micro_batch
-from padd_ds.stages.materials import prompt_template, supervised_target
 from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums, Stage, StepReport
+from padd_ds.stages.supervision import Supervision
 
 
 def is_trained(name: str, train_shared_experts: bool, dense: bool = False) -> bool:
@@ -48,8 +46,7 @@ class WarmupStage:
     student: Student
     teacher: Any
     """Dense model, or None where kd_weight is 0 or its likelihoods are in `cache`."""
-    tokenizer: Any
-    problems: list[Problem]
+    supervision: Supervision
     targets: ConversionTargets | None
     """The clusters' p_T; None where init_weight is 0."""
     cache: TeacherCache | None = None
@@ -90,23 +87,11 @@ class WarmupStage:
         return StepReport(metrics=metrics | routing.scalars, routing=routing.layers)
 
     def _micro_batches(self, step: int) -> list[SupervisedBatch]:
-        config, ranks = self.config, self.student.ranks
-        rows = batch_indices(step, config.warmup.batch_size, len(self.problems), config.seed)
-        mine = [self.problems[row] for row in rows[ranks.rank :: ranks.world]]
-        mine.sort(key=lambda problem: len(problem.question) + len(problem.solution or problem.answer))
-        size = config.micro_batch_size
-        return [self._batch(mine[start : start + size]) for start in range(0, len(mine), size)]
-
-    def _batch(self, problems: list[Problem]) -> SupervisedBatch:
-        data = self.config.data
-        template = prompt_template(data)
-        prompts = [render(template, problem, self.tokenizer) for problem in problems]
-        targets = [supervised_target(data, problem) for problem in problems]
-        limit = data.max_prompt_tokens + data.max_target_tokens
-        batch = supervised_batch(prompts, targets, self.tokenizer, limit)
-        device = self.student.ranks.device
-        moved = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
-        return moved  # type: ignore[return-value]
+        ranks = self.student.ranks
+        return [
+            {name: part.to(ranks.device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}  # type: ignore[misc]
+            for batch in self.supervision.micro_batches(step, ranks.rank, ranks.world)
+        ]
 
     def _loss_terms(
         self,
@@ -187,4 +172,7 @@ def _sample_tokens(mask_S: torch.Tensor, count: int, seed: int) -> torch.Tensor:
 
 def _target_logits(model: Any, batch: SupervisedBatch) -> torch.Tensor:
     """[B, R, V]: logits that predict the targets."""
-    return response_logits(model, batch["input_ids_BT"], batch["attention_mask_BT"], batch["target_ids_BR"].shape[1])
+    n_targets = batch["target_ids_BR"].shape[1]
+    return response_logits(
+        model, batch["input_ids_BT"], batch["attention_mask_BT"], n_targets, batch["position_ids_BT"]
+    )

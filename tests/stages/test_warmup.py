@@ -11,6 +11,7 @@ from padd_ds.conversion.targets import ConversionTargets
 from padd_ds.engine.activity import experts_activity
 from padd_ds.engine.ranks import Ranks
 from padd_ds.losses.prior import expert_prior
+from padd_ds.stages.supervision import ProblemSupervision
 from padd_ds.stages.warmup import WarmupStage, is_trained
 from tests.ranks import run_ranks
 from tests.tiny import tiny_student
@@ -48,8 +49,7 @@ def make_warmup(ranks: Ranks, config: RunConfig) -> WarmupStage:
     return WarmupStage(
         student=student,
         teacher=make_tiny_model().eval().requires_grad_(False),
-        tokenizer=make_tokenizer(),
-        problems=problems(),
+        supervision=ProblemSupervision(problems=problems(), tokenizer=make_tokenizer(), config=config),
         targets=targets(),
         config=config,
     )
