@@ -18,6 +18,8 @@ from padd_ds.errors import OneRankError, UserError
 
 LOOKED_AT_TOKENS = 1 << 24
 """From the beginning of a corpus that does not tell its largest id."""
+_HEAD = struct.Struct("<9sQBQQ")
+"""Of an index: magic, version, type of the ids, items, ends of documents; then lengths, offsets and ends."""
 _PROBE = "It's 12345.67  apples,\n\tx_1 = (a+b)*c; \u00c4\u4e2d\U0001f600"
 
 
@@ -106,14 +108,27 @@ def _open_dataset(prefix: Path) -> Any:
             raise UserError(f"{path}: no such file; a corpus is named by its path without .bin and .idx")
         if not path.stat().st_size:
             raise UserError(f"{path}: is empty; make the corpus again")
+    if not _is_whole_index(idx_path(prefix)):
+        raise UserError(f"{idx_path(prefix)}: not a whole index of an indexed dataset; copy or make it again")
     module = import_indexed_dataset()
     try:
         dataset = module.IndexedDataset(str(prefix))
-    except (AssertionError, ValueError, OverflowError, struct.error) as error:
-        raise UserError(f"{idx_path(prefix)}: not a whole index of an indexed dataset ({error})") from error
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"{idx_path(prefix)}: contradicts itself ({error}); make the corpus again") from error
     if not np.issubdtype(dataset.index.dtype, np.integer):
         raise UserError(f"{idx_path(prefix)}: holds {dataset.index.dtype.__name__}, which are no token ids")
     return dataset
+
+
+def _is_whole_index(path: Path) -> bool:
+    """Whether header and size fit each other. megatron-core would meet a file that is none with more than one line."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD.size)
+    if len(head) < _HEAD.size:
+        return False
+    magic, version, dtype, n_items, n_indices = _HEAD.unpack(head)
+    size = _HEAD.size + n_items * (4 + 8) + n_indices * 8
+    return (magic, version) == (b"MMIDIDX\0\0", 1) and 1 <= dtype <= 8 and size == path.stat().st_size
 
 
 def _document_lengths(dataset: Any) -> np.ndarray:

@@ -52,7 +52,7 @@ def render(template: PromptTemplate, problem: Problem, tokenizer: Any) -> str:
     """
     text = template.text.replace("{question}", problem.question)
     if not template.chat:
-        return _begin_of_text(tokenizer) + text
+        return begin_of_text(tokenizer) + text
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("the tokenizer has no chat template; choose a template without chat")
     turns = [{"role": "system", "content": template.system}] if template.system is not None else []
@@ -70,6 +70,7 @@ def render_target(problem: Problem, target: str = "{solution}") -> str:
     return _PLACEHOLDER.sub(lambda found: values[found[1]], target)
 
 
-def _begin_of_text(tokenizer: Any) -> str:
+def begin_of_text(tokenizer: Any) -> str:
+    """The token that the tokenizer puts before a text by itself; empty if it does not."""
     bos = getattr(tokenizer, "bos_token", None)
     return bos if bos and tokenizer.bos_token_id in tokenizer("").input_ids else ""

@@ -1,8 +1,9 @@
 """Rows out of JSON Lines, JSON or parquet files, folders of them, or the Hugging Face hub."""
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from padd_ds.errors import UserError
 
@@ -17,58 +18,103 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
     `split` picks a split of a hub data set or of a folder (files or sub-folders whose name starts with it).
     UserError: nothing there, a malformed line (with its number), no rows, an unknown split.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        rows = _read_folder(path, split)
-    elif path.is_file():
-        rows = _read_file(path)
-    elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"{source}: no such file or folder")
-    else:
-        rows = _read_hub(source, split)
+    rows = list(iterate_rows(source, split))
     if not rows:
         raise UserError(f"{source}: holds no rows")
     return rows
 
 
-def _read_folder(folder: Path, split: str | None) -> list[Row]:
+def iterate_rows(
+    source: str, split: str | None = None, on_bytes: Callable[[int], Any] = lambda count: None
+) -> Iterator[Row]:
+    """What `read_rows` lists, one row at a time; `on_bytes` is told how much of the files was read meanwhile."""
+    files = source_files(source, split)
+    if files is None:
+        yield from _read_hub(source, split)
+    for path in files or ():
+        yield from READERS[path.suffix](path, on_bytes) if path.suffix in READERS else _json_lines(path, on_bytes)
+
+
+def source_files(source: str, split: str | None = None) -> list[Path] | None:
+    """The files of `source` in their order; None for the name of a hub data set."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _files_of(path, split)
+    if path.is_file():
+        return [path]
+    if path.suffix in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise UserError(f"{source}: no such file or folder")
+    return None
+
+
+def _files_of(folder: Path, split: str | None) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     if not files:
         raise UserError(f"{folder}: holds no {', '.join(SUFFIXES)} file")
-    if split:
-        chosen = [file for file in files if file.relative_to(folder).parts[0].startswith(split)]
-        if not chosen:
-            names = ", ".join(str(file.relative_to(folder)) for file in files[:5])
-            raise UserError(f"{folder}: no file or folder starts with split {split!r} (files: {names})")
-        files = chosen
-    return [row for file in files for row in _read_file(file)]
+    if not split:
+        return files
+    chosen = [file for file in files if file.relative_to(folder).parts[0].startswith(split)]
+    if not chosen:
+        names = ", ".join(str(file.relative_to(folder)) for file in files[:5])
+        raise UserError(f"{folder}: no file or folder starts with split {split!r} (files: {names})")
+    return chosen
 
 
-def _read_file(path: Path) -> list[Row]:
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    return _parse_json(path, text) if path.suffix == ".json" else _parse_json_lines(path, text)
-
-
-def _parse_json_lines(path: Path, text: str) -> list[Row]:
+def _json_lines(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[Row]:
     # Not through `datasets`: its reader wants one type per column and names no line.
-    rows = []
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        rows.append(row)
-    return rows
+    # As bytes: JSON strings may hold U+2028 and other characters that text files take for line ends.
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            on_bytes(len(line))
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number}: cannot be read as UTF-8 text ({error})") from error
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            yield row
+
+
+def _json_list(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[Row]:
+    with _opened(path) as file:
+        content = file.read()
+    on_bytes(len(content))
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    yield from _parse_json(path, text)
+
+
+def _parquet(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            share = path.stat().st_size // max(table.metadata.num_rows, 1)
+            for batch in table.iter_batches():
+                on_bytes(share * len(batch))
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: not a readable parquet file ({error})") from error
+
+
+READERS: dict[str, Callable[[Path, Callable[[int], Any]], Iterator[Row]]] = {".json": _json_list, ".parquet": _parquet}
+"""By suffix; everything else is read as JSON Lines."""
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
 
 
 def _parse_json(path: Path, text: str) -> list[Row]:
@@ -81,17 +127,7 @@ def _parse_json(path: Path, text: str) -> list[Row]:
     return rows
 
 
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: not a readable parquet file ({error})") from error
-
-
-def _read_hub(source: str, split: str | None) -> list[Row]:
+def _read_hub(source: str, split: str | None) -> Iterable[Row]:
     import datasets
 
     name, _, configuration = source.partition(":")
@@ -102,4 +138,4 @@ def _read_hub(source: str, split: str | None) -> list[Row]:
         raise UserError(f"{source}: no such file, and not to be had from the hub ({reason})") from error
     if not isinstance(loaded, datasets.Dataset):
         raise UserError(f"{source}: has splits {', '.join(loaded)}; choose one")
-    return list(loaded)
+    return loaded

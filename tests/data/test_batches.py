@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from padd_ds.data.batches import batch_indices, prompt_batch, supervised_batch, text_windows
+from padd_ds.data.batches import batch_indices, packed_batch, prompt_batch, supervised_batch, text_windows
 from padd_ds.errors import UserError
 from tests.data.characters import character_tokenizer
 
@@ -69,3 +70,15 @@ def test_text_windows_follow_each_other_without_overlap():
     assert text_windows("abcdefgh", tokenizer, length=3, count=1).shape == (1, 3)
     with pytest.raises(UserError, match="8 tokens, less than one window of 9"):
         text_windows("abcdefgh", tokenizer, length=9)
+
+
+def test_packed_rows_by_hand():
+    rows = [[np.array([5, 6, 7]), np.array([8, 9])], [np.array([4, 3])]]
+    batch = packed_batch(rows, pad_token_id=0)
+    assert batch["input_ids_BT"].tolist() == [[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]]
+    assert batch["attention_mask_BT"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch["position_ids_BT"] is not None
+    assert batch["position_ids_BT"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+    assert batch["target_ids_BR"].tolist() == [[6, 7, 8, 9], [3, 0, 0, 0]]
+    # Never the first token of a document, 8 here, and no padding.
+    assert batch["target_mask_BR"].tolist() == [[True, True, False, True], [True, False, False, False]]
