@@ -15,6 +15,9 @@ from padd_ds.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+APART = 1e-3
+"""Change of logits over their mean size that rounding may leave between packed documents."""
+
 
 def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
     """The model config of a folder or hub id; UserError unless it is a causal language model.
@@ -98,6 +101,20 @@ def response_logits(
         logits_to_keep=torch.arange(length - n_response - 1, length - 1, device=input_ids_BL.device),
         use_cache=False,
     ).logits
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: Any, vocabulary: int, device: torch.device) -> bool:
+    """Whether the logits of a packed document stay as they are when the one before it becomes another.
+
+    Of a dense model in eval mode, which computes both rows alike. Collective where the model's forward pass is.
+    """
+    first = torch.tensor([[1, 2, 3, 4], [9, 8, 7, 6]])
+    ids_BL = torch.cat([first, torch.arange(10, 16).expand(2, -1)], dim=1).to(device) % vocabulary
+    positions_BL = torch.cat([torch.arange(4), torch.arange(6)]).expand(2, -1).to(device)
+    logits_BRV = response_logits(model, ids_BL, torch.ones_like(ids_BL), 5, positions_BL).float()
+    one_RV, other_RV = logits_BRV.unbind()
+    return bool((one_RV - other_RV).abs().mean() <= APART * one_RV.abs().mean())
 
 
 def prompt_cache(model: Any, ids_PT: torch.Tensor, mask_PT: torch.Tensor) -> DynamicCache:

@@ -50,7 +50,8 @@ class Corpus:
         if facts is None:
             corpus._check_ids(dataset.get(0, 0, min(n_tokens, LOOKED_AT_TOKENS)), UserError)
         else:
-            _check_facts(prefix, facts, tokenizer, vocabulary, len(lengths_N), n_tokens)
+            _check_facts(prefix, facts, tokenizer, len(lengths_N), n_tokens)
+            corpus._check_ids(np.array([facts["largest_id"]]), UserError)
         return corpus
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
@@ -153,15 +154,13 @@ def _read_facts(prefix: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def _check_facts(
-    prefix: Path, facts: dict[str, Any], tokenizer: Any, vocabulary: int, n_documents: int, n_tokens: int
-) -> None:
+def _check_facts(prefix: Path, facts: dict[str, Any], tokenizer: Any, n_documents: int, n_tokens: int) -> None:
     if (facts["documents"], facts["tokens"]) != (n_documents, n_tokens):
         raise UserError(
             f"{facts_path(prefix)}: tells of {facts['documents']} documents and {facts['tokens']} tokens, but the "
             f"corpus has {n_documents} and {n_tokens}; it is of another corpus: copy all three files together"
         )
-    if facts["tokenizer"] != tokenizer_fingerprint(tokenizer) or facts["largest_id"] >= vocabulary:
+    if facts["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"{prefix}: was made with another tokenizer than model.student has; make it again with "
             "tools/make_corpus.py --tokenizer and the student's folder"

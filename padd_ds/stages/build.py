@@ -33,6 +33,7 @@ from padd_ds.rollout.verify import AnswerChecker
 from padd_ds.stages import joint, warmup
 from padd_ds.stages.materials import (
     TrainingData,
+    check_borders,
     check_sequence_length,
     check_vocabularies,
     load_reference,
@@ -119,6 +120,13 @@ def open_stage(inputs: Inputs, ranks: Ranks) -> Iterator[Stage]:
     config = inputs.config
     student = _student(inputs, ranks)
     teacher = load_teacher(config, inputs.dtype, ranks) if config.needs_teacher else None
+    if config.reads_corpora:
+        if teacher is not None:
+            check_borders(f"model.teacher {config.model.teacher}", teacher, student.model.config.vocab_size, ranks)
+        if not student.layers:
+            check_borders(
+                f"model.student {config.model.student}", student.model, student.model.config.vocab_size, ranks
+            )
     stage = builders[config.stage](inputs, student, teacher)
     try:
         yield stage.as_stage()

@@ -19,7 +19,7 @@ from padd_ds.data.split import decontaminate, split_problems
 from padd_ds.engine.frozen import place_frozen
 from padd_ds.engine.ranks import Ranks
 from padd_ds.errors import UserError
-from padd_ds.hf import load_causal_lm
+from padd_ds.hf import keeps_documents_apart, load_causal_lm
 from padd_ds.offline.cache import check_responses, read_responses
 
 
@@ -88,6 +88,15 @@ def check_sequence_length(length: int, model: str, model_config: Any) -> None:
     limit = getattr(model_config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise UserError(f"warmup.sequence_length {length} is more than the {limit} positions of {model}; lower it")
+
+
+def check_borders(name: str, model: Any, vocabulary: int, ranks: Ranks) -> None:
+    """UserError where the class of a dense model lets packed documents see each other. Collective if the model is."""
+    if not keeps_documents_apart(model, vocabulary, ranks.device):
+        raise UserError(
+            f"{name}: its class does not keep the packed documents of warmup.corpora apart by their positions; "
+            "take another model, or set warmup.corpora=[] and give data.source"
+        )
 
 
 def field_map(data: DataConfig) -> FieldMap:

@@ -64,6 +64,12 @@ def test_the_files_with_the_papers_numbers_load(repository: Path, name: str) -> 
         ("stage=other", "stage = 'other': input should be 'teacher_grpo', 'warmup' or 'joint'"),
         ("rollout.group_size=1", "rollout.group_size = 1: input should be greater than or equal to 2"),
         ("model.teacher=null", "set warmup.kd_weight=0"),
+        ("data={}", "data.source is missing; set it in the file or as data.source=VALUE"),
+        ("warmup.corpora=[{prefix: a}]", "takes the place of the whole data section: leave that out"),
+        ("warmup.corpora=[{prefix: a, weight: 0}]", "warmup.corpora.0.weight = 0: input should be greater than 0"),
+        ("warmup.corpora=[{weight: 1}]", "warmup.corpora.0.prefix is missing"),
+        ("warmup.corpora=[{prefix: a, wieght: 1}]", "warmup.corpora.0.wieght"),
+        ("warmup.sequence_length=1", "should be greater than or equal to 2"),
         ("data.part_fractions={A: 0.5, B: 0.1, C: 0.1, D: 0.1}", "must add up to 1"),
         ("steps", "not of the form section.key=value"),
         ("steps.more=1", "steps is a value, not a section"),
@@ -74,6 +80,22 @@ def test_a_mistake_is_named_with_its_remedy(run_yaml: Path, override: str, messa
         load_run_config(run_yaml, [override])
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["responses", "teacher_cache"])
+def test_corpora_have_no_questions_that_a_teacher_answered(run_yaml: Path, key: str) -> None:
+    corpora = ["data={}", "warmup.corpora=[{prefix: a, weight: 2}, {prefix: b}]"]
+    config = load_run_config(run_yaml, corpora)
+    assert config.reads_corpora and [(c.prefix, c.weight) for c in config.warmup.corpora] == [("a", 2.0), ("b", 1.0)]
+    with pytest.raises(UserError, match=rf"set warmup\.{key}=null, or warmup\.corpora=\[\]"):
+        load_run_config(run_yaml, [*corpora, f"warmup.{key}=cache"])
+
+
+def test_corpora_are_the_warm_ups_alone(run_yaml: Path) -> None:
+    config = load_run_config(run_yaml, ["stage=joint", "warmup.corpora=[{prefix: a}]"])
+    assert not config.reads_corpora
+    with pytest.raises(UserError, match=r"data\.source is missing"):
+        load_run_config(run_yaml, ["stage=joint", "data={}", "warmup.corpora=[{prefix: a}]"])
 
 
 def test_a_bare_off_is_no_false(run_yaml: Path) -> None:

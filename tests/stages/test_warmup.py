@@ -11,7 +11,7 @@ from padd_ds.conversion.targets import ConversionTargets
 from padd_ds.engine.activity import experts_activity
 from padd_ds.engine.ranks import Ranks
 from padd_ds.losses.prior import expert_prior
-from padd_ds.stages.supervision import ProblemSupervision
+from padd_ds.stages.supervision import ProblemSupervision, Supervision
 from padd_ds.stages.warmup import WarmupStage, is_trained
 from tests.ranks import run_ranks
 from tests.tiny import tiny_student
@@ -39,7 +39,7 @@ def targets() -> ConversionTargets:
     )
 
 
-def make_warmup(ranks: Ranks, config: RunConfig) -> WarmupStage:
+def make_warmup(ranks: Ranks, config: RunConfig, supervision: Supervision | None = None) -> WarmupStage:
     student = make_student(
         ranks,
         config,
@@ -49,7 +49,7 @@ def make_warmup(ranks: Ranks, config: RunConfig) -> WarmupStage:
     return WarmupStage(
         student=student,
         teacher=make_tiny_model().eval().requires_grad_(False),
-        supervision=ProblemSupervision(problems=problems(), tokenizer=make_tokenizer(), config=config),
+        supervision=supervision or ProblemSupervision(problems=problems(), tokenizer=make_tokenizer(), config=config),
         targets=targets(),
         config=config,
     )
