@@ -91,7 +91,7 @@ def import_indexed_dataset() -> Any:
             from megatron.core.datasets import indexed_dataset
     except ModuleNotFoundError as error:
         raise UserError(
-            f"indexed datasets (.bin, .idx) need megatron-core ({error}): pip install 'padd-ds[corpora]'"
+            f"indexed datasets (.bin, .idx) need megatron-core ({error}): pip install megatron-core"
         ) from error
     return indexed_dataset
 

@@ -47,10 +47,10 @@ def test_the_teacher_needs_no_teacher_and_nothing_to_balance(run_yaml: Path) -> 
     assert config.kd_weight == 0 and not config.balances_by_bias
 
 
-@pytest.mark.parametrize("name", ["teacher_grpo", "warmup", "joint"])
+@pytest.mark.parametrize("name", ["teacher_grpo", "warmup", "warmup_corpora", "joint"])
 def test_the_files_with_the_papers_numbers_load(repository: Path, name: str) -> None:
     config = load_run_config(repository / "ds_configs" / "runs" / f"{name}.yaml", [])
-    assert config.stage == name
+    assert config.stage == name.removesuffix("_corpora")
     assert (repository / config.deepspeed).is_file()
 
 

@@ -153,5 +153,5 @@ def test_without_megatron_core_the_command_that_installs_it_is_told(prefix, monk
         return imported(name, *given, **more)
 
     monkeypatch.setattr(builtins, "__import__", none)
-    with pytest.raises(UserError, match=r"pip install 'padd-ds\[corpora\]'"):
+    with pytest.raises(UserError, match=r"pip install megatron-core"):
         open_corpus(prefix)
