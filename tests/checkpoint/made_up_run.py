@@ -1,0 +1,96 @@
+"""A run's folder with one checkpoint, as training leaves it, of a model that was never trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+from padd_ds.checkpoint.probe import PROBE
+from padd_ds.engine.handover import probe_logits
+from padd_ds.files import sha256_of
+from tools.tiny_model import make_tokenizer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 3.0,
+    "first_k_dense_replace": 0,
+    "max_position_embeddings": 128,
+    "num_nextn_predict_layers": 0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "partial_rotary_factor": 1.0,
+}
+ROPE = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 1.0}
+
+
+def random_student(**settings: Any) -> Glm4MoeForCausalLM:
+    """A student in which norms, biases and selection biases all differ from their defaults."""
+    torch.manual_seed(3)
+    return spread(Glm4MoeForCausalLM(Glm4MoeConfig(**({**SIZES, "rope_parameters": ROPE} | settings))))
+
+
+@torch.no_grad()
+def spread(model: Any) -> Any:
+    """Give every parameter values that matter, so that none can be lost or swapped unseen."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        else:
+            parameter.normal_(std=0.3 if name.endswith("bias") else 1.5 * parameter.shape[-1] ** -0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.2)
+    return model.float().eval()
+
+
+def write_run(folder: Path, model: Any, dtype: torch.dtype = torch.float32) -> Path:
+    """A run whose newest checkpoint, of step 1, is `model`, as it computes in `dtype`."""
+    model = model.to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = buffer.data.float()
+    model.save_pretrained(folder / "student")
+    make_tokenizer().save_pretrained(folder / "student")
+    weights = folder / "checkpoints" / "step_1" / "weights"
+    weights.mkdir(parents=True)
+    for path in sorted((folder / "student").glob("*.safetensors*")):
+        if path.suffix == ".safetensors":
+            by_file: dict[str, dict[str, torch.Tensor]] = {}
+            for name, tensor in load_file(path).items():
+                # Training leaves shared experts of width 0 out.
+                label = f"layer_{name.split('.')[2]}" if name.startswith("model.layers.") else "rest"
+                by_file.setdefault(label, {}).update({name: tensor} if tensor.numel() else {})
+            for label, tensors in by_file.items():
+                save_file(tensors, weights / f"{label}.rank_00000.safetensors")
+        path.unlink()
+    save_file(
+        {PROBE: probe_logits(model, model.config.vocab_size, torch.device("cpu"))}, weights.parent / "stage.safetensors"
+    )
+    seal(folder)
+    return folder
+
+
+def seal(run: Path) -> None:
+    """Write the manifest of what the checkpoint holds now."""
+    step = run / "checkpoints" / "step_1"
+    files = {
+        str(path.relative_to(step)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(step.rglob("*.safetensors"))
+    }
+    facts = {"step": 1, "stage": "joint", "bias_target": "selection", "files": files}
+    (step / "manifest.json").write_text(json.dumps(facts))
