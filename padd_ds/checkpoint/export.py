@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
-from padd_ds.checkpoint.handover import Weights, check_export, why_unchecked
+from padd_ds.checkpoint.handover import Compared, Weights, check_export, trained, why_unchecked
 from padd_ds.checkpoint.layout import STAGE_STATE, STUDENT, WEIGHTS, Checkpoint, choose_checkpoint
 from padd_ds.checkpoint.megatron_layout import megatron_pieces
 from padd_ds.checkpoint.megatron_settings import check_megatron, write_settings
-from padd_ds.checkpoint.weights import EMBEDDING, SavedWeights, saved_weights
-from padd_ds.conversion.teacher import open_weights
+from padd_ds.checkpoint.weights import EMBEDDING, SavedWeights, locate, saved_weights
 from padd_ds.errors import UserError
 from padd_ds.files import check_output_free, staged_directory
 from padd_ds.hf import read_config
@@ -88,14 +86,15 @@ def _copy_companions(student: Path, staged: Path, dtype: str | None) -> None:
         path.write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
 
 
-def _check(checkpoint: Checkpoint, staged: Path, weights: SavedWeights, options: ExportOptions) -> str:
-    """Megatron's files hold what was read (see _write_megatron), so what is read is checked in their place."""
+def _check(checkpoint: Checkpoint, staged: Path, saved: SavedWeights, options: ExportOptions) -> str:
     unchecked = why_unchecked(checkpoint, staged)
     if unchecked is not None:
         return f"not checked against the live student: {unchecked}"
-    written: Weights = weights if options.format == "megatron" else open_weights(staged, [], "export")
-    passed = (weights.stored[EMBEDDING].dtype, weights.meta(EMBEDDING).dtype)
-    off = check_export(checkpoint, staged, written, max(passed, key=lambda dtype: torch.finfo(dtype).eps))
+    weights: Weights = trained(saved)  # of which _write_megatron has read back each
+    if options.format == "hf":
+        written = SavedWeights(*locate(sorted(staged.glob("model-*.safetensors"))), empty={}, dtype=None)
+        weights = Compared(saved, written)
+    off = check_export(checkpoint, staged, weights)
     return f"its logits are off those of the live student by {off:.2g} of their mean size"
 
 

@@ -1,10 +1,11 @@
-"""Whether exported weights still give the logits that the live student had when it was saved.
+"""Whether exported weights are those of the live student, and give the logits that it had when it was saved.
 
 Legend: T tokens, V vocabulary, D model width.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from padd_ds.checkpoint.layout import STAGE_STATE, Checkpoint
 from padd_ds.checkpoint.probe import PROBE, TOLERANCE, deviation, probe_tokens
-from padd_ds.checkpoint.weights import EMBEDDING, FINAL_NORM
+from padd_ds.checkpoint.weights import EMBEDDING, FINAL_NORM, SavedWeights
 from padd_ds.conversion.block import load_block
 from padd_ds.conversion.families import FAMILIES
 from padd_ds.conversion.head import Head, head_name
@@ -36,6 +37,36 @@ class Weights(Protocol):
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True)
+class Compared:
+    """The tensors as trained; UserError for one of which something else was written than `saved` reads."""
+
+    saved: SavedWeights
+    written: SavedWeights
+
+    @property
+    def stored(self) -> Mapping[str, Any]:
+        return self.saved.stored
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._same(name, trained(self.saved).tensor(name), self.written.tensor(name))
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._same(name, trained(self.saved).rows(name, start, stop), self.written.rows(name, start, stop))
+
+    def _same(self, name: str, as_trained: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        expected = self.saved.cast(name, as_trained)
+        if written.dtype != expected.dtype or not torch.equal(written, expected):
+            file = self.written.path_of[name].name
+            raise UserError(f"{file}: {name} was not written as it was trained, so nothing was kept; check the disk")
+        return as_trained
+
+
+def trained(weights: SavedWeights) -> SavedWeights:
+    """The same tensors in the precision that they were trained in."""
+    return replace(weights, dtype=None)
+
+
 def why_unchecked(checkpoint: Checkpoint, folder: Path) -> str | None:
     """Why the model whose config is in `folder` cannot be compared with the live one; None where it can."""
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -46,19 +77,20 @@ def why_unchecked(checkpoint: Checkpoint, folder: Path) -> str | None:
     return None
 
 
-def check_export(checkpoint: Checkpoint, folder: Path, weights: Weights, precision: torch.dtype) -> float:
-    """How far the logits of `weights`, of the model whose config is in `folder`, are off those of the live student.
+def check_export(checkpoint: Checkpoint, folder: Path, weights: Weights) -> float:
+    """How far the logits of `weights`, as trained and of the config in `folder`, are off those of the live student.
 
-    Computed in fp32, one layer in memory at a time. UserError where they are off by more than rounding to `precision`,
-    the lowest that the weights went through, allows.
+    Relative to their mean size; in fp32, one layer in memory at a time. UserError where it is more than rounding in
+    the trained precision allows.
     """
     expected_TV = load_file(checkpoint.folder / STAGE_STATE)[PROBE]
     off = deviation(layerwise_logits(read_config(str(folder)), weights), expected_TV)
-    if not off <= TOLERANCE[precision]:  # written so that NaN fails
+    tolerance = TOLERANCE[weights.stored[EMBEDDING].dtype]
+    if not off <= tolerance:  # written so that NaN fails
         raise UserError(
-            f"{checkpoint.folder}: logits of the exported weights are off those of the live student by {off:.2g} of "
-            f"their mean size, more than {TOLERANCE[precision]:g}; it is not the model that was saved, so nothing was "
-            "written (--no-check writes it nevertheless)"
+            f"{checkpoint.folder}: logits of its weights are off those of the live student by {off:.2g} of their mean "
+            f"size, more than {tolerance:g}; it is not the model that was saved, so nothing was written "
+            "(--no-check writes it nevertheless)"
         )
     return off
 

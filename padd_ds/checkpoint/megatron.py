@@ -52,22 +52,27 @@ def write_checkpoint(folder: Path, pieces: list[Piece], weights: SavedWeights) -
 def check_written(folder: Path, pieces: list[Piece], weights: SavedWeights) -> None:
     """UserError unless each part, read back from `folder`, holds the values that it was made of."""
     layers = [list(group) for _, group in groupby(pieces, key=lambda piece: _file_of(piece.key))]
-    for layer in tqdm(layers, desc="reading back", unit="layer", dynamic_ncols=True):
-        parts = [piece.build(*(weights.tensor(name) for name in piece.sources)) for piece in layer]
-        wholes = {
-            piece.key: torch.empty(piece.whole_shape(part), dtype=part.dtype)
-            for piece, part in zip(layer, parts, strict=True)
-        }
-        dcp.load(wholes, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-        for piece, part in zip(layer, parts, strict=True):
-            if not torch.equal(wholes[piece.key][piece.slices(part)], part):
-                raise UserError(
-                    f"{folder.parent}: {piece.key} does not hold {piece.sources[0]} as it was written; nothing was "
-                    "kept, check the disk"
-                )
+    with _lone_rank():
+        for layer in tqdm(layers, desc="reading back", unit="layer", dynamic_ncols=True):
+            _check_layer(folder, layer, weights)
 
 
-class _SaveByLayer(SaveShardedStrategy):  # type: ignore[misc]
+def _check_layer(folder: Path, layer: list[Piece], weights: SavedWeights) -> None:
+    parts = [piece.build(*(weights.tensor(name) for name in piece.sources)) for piece in layer]
+    wholes = {
+        piece.key: torch.empty(piece.whole_shape(part), dtype=part.dtype)
+        for piece, part in zip(layer, parts, strict=True)
+    }
+    dcp.load(wholes, storage_reader=dcp.FileSystemReader(folder))
+    for piece, part in zip(layer, parts, strict=True):
+        if not torch.equal(wholes[piece.key][piece.slices(part)], part):
+            raise UserError(
+                f"{folder.parent}: {piece.key} does not hold {piece.sources[0]} as it was written; nothing was "
+                "kept, check the disk"
+            )
+
+
+class _SaveByLayer(SaveShardedStrategy):
     """Megatron-core's own strategy keeps the whole model in memory; this one writes the same format."""
 
     can_handle_sharded_objects = True

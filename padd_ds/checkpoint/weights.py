@@ -1,5 +1,6 @@
 """The student's tensors in a run's checkpoint, read one at a time."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,23 +41,24 @@ class SavedWeights:
             return self.empty[name]
         # Opened anew, as the pages of an open file count as this process's memory for as long as it is open.
         with safe_open(self.path_of[name], framework="pt") as file:
-            return self._cast(name, file.get_tensor(name))
+            return self.cast(name, file.get_tensor(name))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor."""
         with safe_open(self.path_of[name], framework="pt") as file:
-            return self._cast(name, file.get_slice(name)[start:stop])
+            return self.cast(name, file.get_slice(name)[start:stop])
 
     def meta(self, name: str) -> torch.Tensor:
         """What `tensor` gives, without its values."""
-        return self._cast(name, self.stored[name])
+        return self.cast(name, self.stored[name])
 
     @property
     def total_bytes(self) -> int:
         """Of all tensors as they are read."""
         return sum(self.meta(name).nbytes for name in self.names)
 
-    def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What is read of a tensor that is stored as `tensor`."""
         return tensor if self.dtype is None or name.endswith(KEPT_IN_FP32) else tensor.to(self.dtype)
 
 
@@ -65,16 +67,7 @@ def saved_weights(checkpoint: Checkpoint, config: dict[str, Any], dtype: str | N
 
     UserError for one that is missing or was written twice.
     """
-    path_of: dict[str, Path] = {}
-    stored: dict[str, torch.Tensor] = {}
-    for path in sorted((checkpoint.folder / WEIGHTS).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                if name in path_of:
-                    raise UserError(f"{path}: tensor {name} was written by two ranks; the checkpoint is damaged")
-                path_of[name], header = path, file.get_slice(name)
-                stored_dtype = STORED_DTYPES[header.get_dtype()]
-                stored[name] = torch.empty(header.get_shape(), dtype=stored_dtype, device="meta")
+    path_of, stored = locate(sorted((checkpoint.folder / WEIGHTS).glob("*.safetensors")))
     missing = sorted(_expected(config) - set(path_of))
     if missing:
         raise UserError(f"{checkpoint.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
@@ -85,6 +78,21 @@ def saved_weights(checkpoint: Checkpoint, config: dict[str, Any], dtype: str | N
         empty=empty,
         dtype=None if dtype is None else DTYPES[dtype],
     )
+
+
+def locate(paths: Iterable[Path]) -> tuple[dict[str, Path], dict[str, torch.Tensor]]:
+    """File, and shape and dtype on the meta device, of every tensor; UserError for one that is in two files."""
+    path_of: dict[str, Path] = {}
+    stored: dict[str, torch.Tensor] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                if name in path_of:
+                    raise UserError(f"{path}: tensor {name} was written by two ranks; the checkpoint is damaged")
+                path_of[name], header = path, file.get_slice(name)
+                dtype = STORED_DTYPES[header.get_dtype()]
+                stored[name] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
+    return path_of, stored
 
 
 def _expected(config: dict[str, Any]) -> set[str]:

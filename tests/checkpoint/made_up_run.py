@@ -8,7 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
+from padd_ds.checkpoint.handover import layerwise_logits
+from padd_ds.checkpoint.layout import read_checkpoint
 from padd_ds.checkpoint.probe import PROBE
+from padd_ds.checkpoint.weights import saved_weights
 from padd_ds.engine.handover import probe_logits
 from padd_ds.files import sha256_of
 from tools.tiny_model import make_tokenizer
@@ -51,7 +54,7 @@ def spread(model: Any) -> Any:
         if "norm" in name:
             parameter.add_(0.3 * torch.randn_like(parameter))
         else:
-            parameter.normal_(std=0.3 if name.endswith("bias") else 1.5 * parameter.shape[-1] ** -0.5)
+            parameter.normal_(std=0.3 if name.endswith("bias") else 1.5 * max(1, parameter.shape[-1]) ** -0.5)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.normal_(std=0.2)
@@ -94,3 +97,56 @@ def seal(run: Path) -> None:
     }
     facts = {"step": 1, "stage": "joint", "bias_target": "selection", "files": files}
     (step / "manifest.json").write_text(json.dumps(facts))
+
+
+def write_large_run(folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
+    """The same of a student that need not fit into memory; its logits are those of the weights, layer by layer."""
+    config = Glm4MoeConfig(**({**SIZES, "rope_parameters": ROPE} | settings))
+    config.save_pretrained(folder / "student")
+    weights = folder / "checkpoints" / "step_1" / "weights"
+    weights.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def write(label: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        tensors = {
+            name: torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5).to(dtype)
+            for name, shape in shapes.items()
+        }
+        for name in tensors:
+            if name.endswith("e_score_correction_bias"):
+                tensors[name] = tensors[name].float()
+        save_file(tensors, weights / f"{label}.rank_00000.safetensors")
+
+    width, vocabulary = config.hidden_size, config.vocab_size
+    write("embedding", {"model.embed_tokens.weight": (vocabulary, width)})
+    write("head", {"lm_head.weight": (vocabulary, width), "model.norm.weight": (width,)})
+    for layer in range(config.num_hidden_layers):
+        write(f"layer_{layer}", {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes(config).items()})
+    seal(folder)
+    saved = saved_weights(
+        read_checkpoint(weights.parent), json.loads((folder / "student" / "config.json").read_text()), None
+    )
+    save_file({PROBE: layerwise_logits(config, saved)}, weights.parent / "stage.safetensors")
+    seal(folder)
+    return folder
+
+
+def layer_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of an MoE layer."""
+    width, head = config.hidden_size, config.head_dim
+    rows = {"q": config.num_attention_heads * head, "k": config.num_key_value_heads * head}
+    rows["v"] = rows["k"]
+    ffns = {f"experts.{expert}": config.moe_intermediate_size for expert in range(config.n_routed_experts)}
+    ffns["shared_experts"] = config.moe_intermediate_size * config.n_shared_experts
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+        "self_attn.o_proj.weight": (width, rows["q"]),
+        "mlp.gate.weight": (config.n_routed_experts, width),
+        "mlp.gate.e_score_correction_bias": (config.n_routed_experts,),
+    }
+    shapes |= {f"self_attn.{part}_proj.weight": (n, width) for part, n in rows.items()}
+    for name, inner in ffns.items():
+        shapes |= {f"mlp.{name}.{part}_proj.weight": (inner, width) for part in ("gate", "up")}
+        shapes[f"mlp.{name}.down_proj.weight"] = (width, inner)
+    return shapes

@@ -22,6 +22,7 @@ from tests.checkpoint.made_up_run import ROPE, SIZES, random_student, spread, wr
 from tools.tiny_model import make_tiny_model
 
 pytest.importorskip("megatron.core")
+pytestmark = pytest.mark.filterwarnings("ignore")  # megatron-core and torch warn of each other's deprecations
 DENSE = {name: SIZES[name] for name in SIZES if "expert" not in name and "dense" not in name and name != "head_dim"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 STUDENTS: dict[str, Callable[[], Any]] = {
@@ -197,10 +198,10 @@ def test_a_file_that_went_bad_is_seen(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def spoiled(folder: Path, *arguments: Any) -> None:
         write(folder, *arguments)
-        path = folder / "__0_2_0.distcp"
+        values = random_student().state_dict()["model.layers.1.self_attn.o_proj.weight"].numpy().tobytes()
+        (path,) = (path for path in folder.glob("*.distcp") if values in path.read_bytes())
         whole = bytearray(path.read_bytes())
-        place = whole.index(random_student().state_dict()["model.layers.1.self_attn.o_proj.weight"].numpy().tobytes())
-        whole[place] ^= 1
+        whole[whole.index(values)] ^= 1
         path.write_bytes(whole)
 
     monkeypatch.setattr(megatron, "write_checkpoint", spoiled)
