@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from padd_ds.checkpoint.handover import Compared, Weights, check_export, trained, why_unchecked
 from padd_ds.checkpoint.layout import STAGE_STATE, STUDENT, WEIGHTS, Checkpoint, choose_checkpoint
@@ -101,7 +102,7 @@ def _check(checkpoint: Checkpoint, staged: Path, saved: SavedWeights, options: E
 def _write_hf(weights: SavedWeights, staged: Path, options: ExportOptions) -> None:
     shards = list(_plan_shards(weights, options.shard_bytes))
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
+    for number, names in enumerate(tqdm(shards, desc="writing", unit="shard", dynamic_ncols=True), start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: weights.tensor(name) for name in names}, staged / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file_name)
