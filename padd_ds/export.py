@@ -1,4 +1,4 @@
-"""padd-export: a run folder becomes a plain Hugging Face checkpoint."""
+"""padd-export: a run folder becomes a plain Hugging Face checkpoint, or one of megatron-core."""
 
 import argparse
 import sys
@@ -17,6 +17,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--step", type=int, help="checkpoint to export; default: the newest whole one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as trained")
+    parser.add_argument(
+        "--format",
+        choices=("hf", "megatron"),
+        default="hf",
+        help="hf (default), or megatron: a distributed checkpoint for megatron-core's GPTModel",
+    )
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not compare the logits of what is exported with the live student's"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     return parser.parse_args(arguments)
 
@@ -28,10 +37,16 @@ def main() -> None:
     from padd_ds.checkpoint.export import ExportOptions, export_run
 
     options = ExportOptions(
-        run=parsed.run, output=parsed.output, step=parsed.step, dtype=parsed.dtype, overwrite=parsed.overwrite
+        run=parsed.run,
+        output=parsed.output,
+        step=parsed.step,
+        dtype=parsed.dtype,
+        format=parsed.format,
+        check=not parsed.no_check,
+        overwrite=parsed.overwrite,
     )
     summary = export_run(options)
-    print(f"{parsed.output}: {summary.tensors} tensors of step {summary.step}, {summary.gib:.2f} GiB")
+    print(f"{parsed.output}: {summary.tensors} tensors of step {summary.step}, {summary.gib:.2f} GiB; {summary.check}")
 
 
 def cli() -> None:

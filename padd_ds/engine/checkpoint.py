@@ -27,6 +27,7 @@ from padd_ds.checkpoint.layout import (
     checkpoint_folders,
     read_checkpoint,
 )
+from padd_ds.checkpoint.probe import PROBE
 from padd_ds.engine.elastic import check_resizable, load_resized
 from padd_ds.engine.handover import check_handover
 from padd_ds.engine.ranks import Ranks, barrier, gather_objects, on_main, together
@@ -34,9 +35,6 @@ from padd_ds.engine.student import Student
 from padd_ds.engine.weights import local_tensors
 from padd_ds.errors import OneRankError, UserError
 from padd_ds.files import disk_full_is_user_error, give_usual_modes, replace_folder, sha256_of
-
-PROBE = "probe_logits"
-"""Beside what the stage remembers: by which a resumed student is known again."""
 
 
 def save_checkpoint(

@@ -7,13 +7,9 @@ from typing import Any
 
 import torch
 
+from padd_ds.checkpoint.probe import TOLERANCE, deviation, probe_tokens
 from padd_ds.engine.ranks import OtherRankFailed, Ranks, together
 from padd_ds.errors import HandoverError
-
-TOKENS = 16
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
-"""Mean difference of logits over their mean size. fp32: far above rounding. bf16: a guess that should stop no sound
-run, as a GPU rounds otherwise than the CPU that the first logits come from, and no GPU has been measured."""
 
 
 @torch.no_grad()
@@ -22,8 +18,7 @@ def probe_logits(model: Any, vocabulary: int, device: torch.device) -> torch.Ten
 
     Collective where the model's forward pass is.
     """
-    generator = torch.Generator().manual_seed(0)
-    ids_T = torch.randint(vocabulary, (TOKENS,), generator=generator).to(device)
+    ids_T = probe_tokens(vocabulary).to(device)
     training = model.training
     model.eval()
     logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0].float().cpu()
@@ -37,7 +32,7 @@ def check_handover(
     """HandoverError, on all ranks, unless on each of them the logits agree as far as their precision goes."""
 
     def compare() -> None:
-        off = float((found_TV - expected_TV).abs().mean() / expected_TV.abs().mean())
+        off = deviation(found_TV, expected_TV)
         if not off <= TOLERANCE[precision]:
             raise HandoverError(
                 f"{what}: logits are off by {off:.2g} of their mean size, more than {TOLERANCE[precision]:g}; "
