@@ -29,7 +29,7 @@ STUDENT ?= repro/full/seed0/half/warmed-up/model
 TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-faults eval-gsm8k eval-math500 bench-convert bench-joint \
+.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-faults eval-gsm8k eval-math500 bench-convert bench-joint bench-plan \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
@@ -89,6 +89,9 @@ bench-joint: $(READY)  ## STUDENT=dir TEACHER=dir PROBLEMS=file: what a PADD ste
 	    "is missing; set STUDENT, TEACHER and PROBLEMS, or run make repro first" >&2; exit 2; }
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python tools/bench_joint.py --student "$(STUDENT)" --teacher "$(TEACHER)" \
 	    --data "$(PROBLEMS)"
+
+bench-plan: $(READY)  ## what padd-plan says beside real ranks: memory and communication of ten small runs, a quarter of an hour
+	$(BIN)/python tools/bench_plan.py --folder bench/plan
 
 repro: $(READY)  ## the whole experiment, hours on two cores, resumable: results/full/, docs/results.md
 	$(BIN)/python tools/repro.py --scale full

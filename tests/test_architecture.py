@@ -11,14 +11,14 @@ LAYERS = [
     {"config"},
     {"losses", "moe"},
     {"data", "hf"},
-    {"offline"},
+    {"offline", "planning"},
     {"conversion"},
     {"checkpoint"},
     {"rollout"},
     {"engine"},
     {"stages"},
     {"run", "evaluation", "report"},
-    {"train", "convert", "evaluate", "export", "cache"},
+    {"train", "convert", "evaluate", "export", "cache", "plan"},
 ]
 LIGHT = {"errors", "files", "launcher", "config"}
 HEAVY_MODULES = {"torch", "transformers", "deepspeed", "datasets"}

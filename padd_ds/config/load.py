@@ -35,10 +35,10 @@ def as_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, wanted: str = "a run configuration, for example one of ds_configs/runs/") -> dict[str, Any]:
     """The mapping in a YAML file; UserError if it is missing, unreadable or no mapping."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give a run configuration, for example one of ds_configs/runs/")
+        raise UserError(f"{path}: no such file; give {wanted}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

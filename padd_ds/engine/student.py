@@ -91,9 +91,10 @@ class Student:
         self.engine.step()
 
     def optimiser_metrics(self) -> dict[str, float]:
-        """Gradient norm (before clipping) and learning rate of the last step."""
+        """Learning rate of the last step, and gradient norm before clipping where DeepSpeed tells it: from ZeRO 1 on."""
         norm = self.engine.get_global_grad_norm()
-        return {"grad_norm": float(norm or 0.0), "learning_rate": float(self.engine.get_lr()[0])}
+        told = {} if norm is None else {"grad_norm": float(norm)}
+        return told | {"learning_rate": float(self.engine.get_lr()[0])}
 
     @contextmanager
     def routing(self, mode: RoutingMode, *, noise: float = 0.0, sample_S: torch.Tensor | None = None) -> Iterator[None]:
@@ -164,6 +165,9 @@ def build_student(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable(name))
+    if deepspeed_tree.get("zero_optimization", {}).get("stage") == 3:
+        # ZeRO-3 collects a MoE layer's gradients once that of its input is there; without one, before there are any.
+        model.enable_input_require_grads()
     selection_biases = _selection_biases(model)
     expected_TV = probe_logits(model, model.config.vocab_size, next(model.parameters()).device)
     engine, *_ = deepspeed.initialize(

@@ -1,5 +1,6 @@
 """The warm-up step: what it trains, what it measures, and that ranks agree."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,11 +40,13 @@ def targets() -> ConversionTargets:
     )
 
 
-def make_warmup(ranks: Ranks, config: RunConfig, supervision: Supervision | None = None) -> WarmupStage:
+def make_warmup(
+    ranks: Ranks, config: RunConfig, supervision: Supervision | None = None, zero_stage: int = 2
+) -> WarmupStage:
     student = make_student(
         ranks,
         config,
-        deepspeed_tree(ranks.world),
+        deepspeed_tree(ranks.world, zero_stage),
         trainable=lambda name: is_trained(name, config.warmup.train_shared_experts),
     )
     return WarmupStage(
@@ -105,6 +108,30 @@ def test_losses_equal_a_loop_over_unpadded_problems() -> None:
     for metrics in run_ranks(first_losses, 2):
         assert metrics["loss_lm"] == pytest.approx(sum(cross_entropies) / len(cross_entropies), rel=1e-5)
         assert metrics["loss_kd"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-5)
+
+
+def two_steps(ranks: Ranks, checkpointing: bool) -> list[dict[str, list[float]]]:
+    """At each ZeRO stage, the losses and gradient norms of two steps that train the experts alone."""
+    results = []
+    for zero_stage in range(4):
+        config = replace(warmup_config(routing="routed"), activation_checkpointing=checkpointing)
+        stage = make_warmup(ranks, config, zero_stage=zero_stage)
+        metrics = [stage.step(step).metrics for step in range(2)]
+        # DeepSpeed tells no gradient norm at stage 0.
+        names = ("loss_lm", "loss_kd", "loss_init", *(["grad_norm"] if zero_stage else []))
+        results.append({name: [one[name] for one in metrics] for name in names})
+    return results
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "checkpointing"), [(1, False), (2, False), (2, True)])
+def test_every_zero_stage_trains_the_experts_alike(world: int, checkpointing: bool) -> None:
+    *others, reference = run_ranks(two_steps, world, checkpointing)[0]
+    assert reference["loss_lm"][1] < reference["loss_lm"][0]
+    for other in others:
+        for name, values in other.items():
+            assert values == pytest.approx(reference[name], rel=1e-5), name
 
 
 def divergences_of_the_first_step(ranks: Ranks) -> dict[str, float]:

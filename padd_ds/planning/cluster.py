@@ -1,0 +1,67 @@
+"""The machines that a run is planned for, from a YAML file."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from padd_ds.config.load import read_yaml, unknown_keys
+from padd_ds.config.sections import Count, Fraction, NonNegative, Positive, section
+from padd_ds.errors import UserError
+
+
+@section
+class Cluster:
+    """Nodes of equal devices. Speeds are what the maker states; the shares say how much of them a run is taken to get."""
+
+    kind: Literal["gpu", "cpu"] = "gpu"
+    """On a cpu memory that is asked for and never touched does not count."""
+    nodes: Count = 1
+    devices_per_node: Count = 8
+    """Ranks of a node."""
+    memory_gib: Positive
+    """Of one device; of one rank's share on a cpu."""
+    reserved_gib: NonNegative = 2.0
+    """Of it, what the process has taken before it holds a model: context, libraries, the network's buffers. An
+    assumption until it is measured on the machine."""
+    host_memory_gib: Positive = 1000.0
+    """Of one node; offloading uses it."""
+    tflops: Positive
+    """Of one device in the precision of the run, dense, in 1e12 floating-point operations a second."""
+    memory_gb_per_s: Positive
+    """Of one device's own memory."""
+    within_node_gb_per_s: Positive
+    """That one device sends to others of its node."""
+    between_nodes_gb_per_s: Positive
+    """That one device sends to other nodes."""
+    latency_us: NonNegative = 20.0
+    """Of one collective, whatever it moves."""
+    layer_us: NonNegative = 300.0
+    """That one layer's forward pass takes at least, as its operations are started one by one: what small batches, such
+    as a decoding step's, wait for."""
+    tflops_share: Fraction = 0.4
+    """Of `tflops` that matrix products reach."""
+    bandwidth_share: Fraction = 0.7
+    """Of every bandwidth."""
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.devices_per_node
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of one device, for the run."""
+        return (self.memory_gib - self.reserved_gib) * 2**30
+
+
+def load_cluster(path: Path, nodes: int | None = None) -> Cluster:
+    """The cluster in `path`, of `nodes` nodes if that is given; UserError names the key that is wrong."""
+    tree = read_yaml(path, "a cluster file, for example one of ds_configs/clusters/")
+    unknown = unknown_keys(tree, Cluster)
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]}")
+    try:
+        return TypeAdapter(Cluster).validate_python(tree | ({} if nodes is None else {"nodes": nodes}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -1,0 +1,161 @@
+"""padd_ds/train.py with the collectives of its second step counted, and its memory watched.
+
+    torchrun --nproc_per_node 2 tools/watched_train.py OUTPUT --config RUN.yaml ...
+
+Every rank writes OUTPUT/rank_N.json: `traffic`, the bytes that it handed to each kind of collective in step 1 (the
+first one is step 0), and `memory`, the largest anonymous memory in bytes that the process held before it loaded
+anything, while it built the stage, and in the steps, and what it held at rest between them.
+"""
+
+import inspect
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+MOVED = {
+    "all_reduce": "tensor",
+    "broadcast": "tensor",
+    "reduce": "tensor",
+    "all_gather": "tensor_list",
+    "all_gather_into_tensor": "output_tensor",
+    "reduce_scatter": "input_list",
+    "reduce_scatter_tensor": "input",
+    "all_to_all_single": "input",
+}
+"""Collective -> its argument that holds what is moved, in whole; of an all-to-all what this rank gives."""
+INTERVAL_S = 0.002
+
+
+class Watch:
+    """Counts bytes by collective and group size, and follows the memory of this process."""
+
+    def __init__(self) -> None:
+        self.moved: Counter[str] = Counter()
+        self.counting = False
+        self.peaks: dict[str, int] = {}
+        self.resting: list[int] = []
+        self.phase = "imported"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def count(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            if self.counting:
+                given = signature.bind(*arguments, **options).arguments
+                tensors = given[MOVED[name]] if isinstance(given[MOVED[name]], list) else [given[MOVED[name]]]
+                size = dist.get_world_size(group=given.get("group"))
+                self.moved[f"{name} over {size}"] += sum(tensor.nbytes for tensor in tensors)
+            return function(*arguments, **options)
+
+        return counted
+
+    def _follow(self) -> None:
+        while not self._stop.is_set():
+            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), anonymous_bytes())
+            time.sleep(INTERVAL_S)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            self._thread.join()
+
+
+def anonymous_bytes() -> int:
+    """What this process holds of its own: files that are mapped, and can be dropped, do not count."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status names no RssAnon")
+
+
+def copy_loaded_weights() -> None:
+    """Weights stay in their mapped file on a CPU as long as nothing changes them; here they are copied, as to a GPU."""
+    import padd_ds.stages.build as build
+    import padd_ds.stages.materials as materials
+
+    load = build.load_causal_lm
+
+    def loading(*arguments: Any, **options: Any) -> Any:
+        model = load(*arguments, **options)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        return model
+
+    build.load_causal_lm = materials.load_causal_lm = loading  # type: ignore[assignment]
+
+
+def watch_collectives(watch: Watch) -> None:
+    """Before deepspeed is imported, which keeps references to some of them."""
+    for name in MOVED:
+        counted = watch.count(name, getattr(distributed_c10d, name))
+        for module in (dist, distributed_c10d):
+            setattr(module, name, counted)
+
+
+def watch_steps(watch: Watch) -> None:
+    """Mark where loading ends and steps begin, and count the second step's collectives."""
+    import padd_ds.run.loop as loop
+    import padd_ds.stages.build as build
+
+    read_inputs, train = build.read_inputs, loop.train
+
+    def reading(*arguments: Any) -> Any:
+        inputs = read_inputs(*arguments)
+        watch.resting.append(anonymous_bytes())
+        watch.phase = "building"
+        return inputs
+
+    def training(stage: Any, *arguments: Any) -> None:
+        step = stage.step
+
+        def counted_step(number: int) -> Any:
+            watch.resting.append(anonymous_bytes())
+            watch.phase, watch.counting = f"step {number}", number == 1
+            report = step(number)
+            watch.phase, watch.counting = "between steps", False
+            return report
+
+        object.__setattr__(stage, "step", counted_step)
+        train(stage, *arguments)
+
+    build.read_inputs, loop.train = reading, training  # type: ignore[assignment]
+
+
+def main() -> None:
+    output, arguments = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    watch = Watch()
+    watch_collectives(watch)
+    watch_steps(watch)
+    copy_loaded_weights()
+
+    from padd_ds import train
+
+    with watch.watching():
+        train.main(arguments)
+    facts = {"traffic": dict(watch.moved), "memory": {"peaks": watch.peaks, "resting": watch.resting}}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"rank_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
