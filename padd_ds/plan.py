@@ -17,8 +17,8 @@ Only the models' config.json are read, from their folders or the hub."""
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="padd-plan",
-        description="Memory of a rank by part, communication, computation and time of a training step, and the ZeRO stage "
-        "and expert-parallel size to take.",
+        description="Memory of a rank by part, communication, computation and time of a training step, and the ZeRO "
+        "stage and expert-parallel size to take.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

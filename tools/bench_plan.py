@@ -19,7 +19,7 @@ import yaml
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 # Lets the tool run by its path, where only its own folder is importable.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from padd_ds.config.load import load_run_config
 from padd_ds.errors import run_cli
@@ -80,7 +80,7 @@ def main() -> None:
 
 def prepare(folder: Path, sizes: Mapping[str, int]) -> None:
     """A random student with a shared expert, a teacher of the same FFN width, and rows of equal length."""
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": sizes["vocabulary"],
         "hidden_size": sizes["width"],
         "num_hidden_layers": sizes["layers"],
@@ -104,10 +104,13 @@ def prepare(folder: Path, sizes: Mapping[str, int]) -> None:
         norm_topk_prob=True,
         use_qk_norm=True,
         rope_parameters={"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 1.0},
-        partial_rotary_factor=1.0,
     )
+    student.partial_rotary_factor = 1.0
     torch.manual_seed(0)
-    for name, model in {"student": Glm4MoeForCausalLM(student), "teacher": Qwen3ForCausalLM(Qwen3Config(**common))}.items():
+    for name, model in {
+        "student": Glm4MoeForCausalLM(student),
+        "teacher": Qwen3ForCausalLM(Qwen3Config(**common)),
+    }.items():
         model.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
     rows = [{"question": f"{n:03d}{QUESTION}", "solution": SOLUTION, "answer": str(n)} for n in range(64)]

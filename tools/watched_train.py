@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+# The repository in place of this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 MOVED = {
@@ -100,7 +101,7 @@ def copy_loaded_weights() -> None:
             tensor.data = tensor.data.clone()
         return model
 
-    build.load_causal_lm = materials.load_causal_lm = loading  # type: ignore[assignment]
+    build.load_causal_lm = materials.load_causal_lm = loading
 
 
 def watch_collectives(watch: Watch) -> None:

@@ -91,7 +91,7 @@ class Student:
         self.engine.step()
 
     def optimiser_metrics(self) -> dict[str, float]:
-        """Learning rate of the last step, and gradient norm before clipping where DeepSpeed tells it: from ZeRO 1 on."""
+        """Learning rate of the last step, and gradient norm before clipping, which DeepSpeed tells from ZeRO 1 on."""
         norm = self.engine.get_global_grad_norm()
         told = {} if norm is None else {"grad_norm": float(norm)}
         return told | {"learning_rate": float(self.engine.get_lr()[0])}

@@ -12,7 +12,7 @@ from padd_ds.errors import UserError
 
 @section
 class Cluster:
-    """Nodes of equal devices. Speeds are what the maker states; the shares say how much of them a run is taken to get."""
+    """Nodes of equal devices. Speeds are what the maker states; the shares say how much of them a run reaches."""
 
     kind: Literal["gpu", "cpu"] = "gpu"
     """On a cpu memory that is asked for and never touched does not count."""

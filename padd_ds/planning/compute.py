@@ -15,7 +15,7 @@ def forward_flops(model: ModelShape, tokens: float, context: float, with_logits:
     ffn = 3 * model.width * (model.moe_layers * model.active_ffn_width if model.experts else 0)
     ffn += model.ffn_parameters
     router = model.moe_layers * model.experts * model.width
-    per_token = 2 * (model.layers * model.attention_parameters + ffn + router)
+    per_token: float = 2 * (model.layers * model.attention_parameters + ffn + router)
     per_token += model.layers * 4 * model.attention_width * context
     return tokens * per_token + with_logits * 2 * model.vocabulary * model.width
 
@@ -52,9 +52,10 @@ def decoding_bytes(student: ModelShape, layout: Layout, work: Workload) -> float
     responses = work.prompts_at_once * work.group
     here = student.experts / layout.expert_parallel if student.experts else 0
     # Tokens of all ranks of the group meet at an expert.
-    reached = 1 - (1 - student.top_k / student.experts) ** (responses * layout.expert_parallel) if student.experts else 0
+    reached = (
+        1 - (1 - student.top_k / student.experts) ** (responses * layout.expert_parallel) if student.experts else 0
+    )
     weights = student.dense_parameters + student.moe_layers * here * reached * student.one_expert
     context = work.prompt_tokens + work.response_tokens / 2
     caches = responses * context * 2 * student.kv_width * student.layers
     return (weights + caches) * layout.value_bytes
-

@@ -57,9 +57,7 @@ def estimate_step(
     )
 
 
-def _rollout_s(
-    student: ModelShape, layout: Layout, work: Workload, cluster: Cluster, computing_s: float
-) -> float:
+def _rollout_s(student: ModelShape, layout: Layout, work: Workload, cluster: Cluster, computing_s: float) -> float:
     """Decoding steps wait for the longest of computing, reading the weights, and starting the operations."""
     steps = -(-work.prompts // work.prompts_at_once) * work.response_tokens
     reading_s = decoding_bytes(student, layout, work) / (cluster.memory_gb_per_s * 1e9 * cluster.bandwidth_share)

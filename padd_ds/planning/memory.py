@@ -76,16 +76,11 @@ def plan_memory(
     return MemoryPlan(moments=moments, host=host)
 
 
-def _resting(
-    student: ModelShape, teacher: ModelShape | None, layout: Layout, work: Workload
-) -> tuple[Parts, Parts]:
+def _resting(student: ModelShape, teacher: ModelShape | None, layout: Layout, work: Workload) -> tuple[Parts, Parts]:
     """What is there all the time, on the device and on the host."""
     value, world = layout.value_bytes, layout.world
     dense, experts = student.dense_parameters, student.expert_parameters / layout.expert_parallel
-    if layout.zero_stage == 3:
-        weights = (student.parameters / world) * value
-    else:
-        weights = (dense + experts) * value
+    weights = (student.parameters / world if layout.zero_stage == 3 else dense + experts) * value
     shard = _optimizer_shard(student, layout, work)
     has_master = value != FP32 or layout.zero_stage > 0
     optimizer = shard * ((FP32 if has_master else 0) + KEPT_BY_ADAMW)
@@ -187,7 +182,7 @@ def _gathered(student: ModelShape, layout: Layout) -> float:
     """Weights that ZeRO-3 holds whole at once, beside this rank's part of them."""
     if layout.zero_stage < 3:
         return 0
-    local = student.dense_parameters
+    local: float = student.dense_parameters
     if layout.expert_replicas > 1:  # a rank alone with its experts has them whole
         local += student.expert_parameters / layout.expert_parallel
     return min(local, layout.live_parameters) * layout.value_bytes

@@ -39,7 +39,9 @@ def make_plan(
     path = Path(config.deepspeed)
     tree = load_deepspeed_json(path)
     trust = config.model.trust_remote_code
-    student = shape_of(read_config(config.model.student, trust_remote_code=trust), f"model.student {config.model.student}")
+    student = shape_of(
+        read_config(config.model.student, trust_remote_code=trust), f"model.student {config.model.student}"
+    )
     teacher = None
     if config.needs_teacher and config.model.teacher is not None:
         read = read_config(config.model.teacher, trust_remote_code=trust)

@@ -48,9 +48,9 @@ def _traffic(asked: Choice) -> Iterator[str]:
     yield "A rank sends per step".ljust(56) + "GiB".rjust(10) + "collectives".rjust(13) + "ranks".rjust(7)
     by_name: dict[tuple[str, int], tuple[float, int]] = {}
     for transfer in asked.estimate.transfers:
-        name = (f"{transfer.kind}, {transfer.phase}: {transfer.what}", transfer.ranks)
-        sent, calls = by_name.get(name, (0.0, 0))
-        by_name[name] = (sent + transfer.sent, calls + transfer.calls)
+        key = (f"{transfer.kind}, {transfer.phase}: {transfer.what}", transfer.ranks)
+        sent, calls = by_name.get(key, (0.0, 0))
+        by_name[key] = (sent + transfer.sent, calls + transfer.calls)
     for (name, ranks), (sent, calls) in sorted(by_name.items(), key=lambda one: -one[1][0]):
         yield f"{name:56}{sent / GIB:10.2f}{calls:13d}{ranks:7d}"
     if not by_name:
@@ -69,7 +69,14 @@ def _time(question: Question, asked: Choice) -> Iterator[str]:
 
 
 def _table(question: Question, asked: Choice, choices: list[Choice]) -> Iterator[str]:
-    yield "ZeRO".rjust(4) + "experts over".rjust(14) + "GiB".rjust(10) + "fullest".rjust(12) + "fits".rjust(6) + "s/step".rjust(10)
+    yield (
+        "ZeRO".rjust(4)
+        + "experts over".rjust(14)
+        + "GiB".rjust(10)
+        + "fullest".rjust(12)
+        + "fits".rjust(6)
+        + "s/step".rjust(10)
+    )
     for choice in choices:
         layout, peak = choice.layout, choice.memory.peak / GIB
         mark = "  <- as configured" if layout == asked.layout else ""
@@ -96,7 +103,7 @@ def _verdict(question: Question, asked: Choice, best: Choice | None, changes: li
 def _assumptions(question: Question) -> Iterator[str]:
     cluster = question.cluster
     yield (
-        f"Taken for granted: {cluster.tflops_share:.0%} of {cluster.tflops:g} TFLOP/s, {cluster.bandwidth_share:.0%} of every "
-        f"bandwidth, {cluster.latency_us:g} us a collective, {cluster.layer_us:g} us a layer at least, nothing overlaps, "
-        "routing is even; memory is for the longest sequences, time for the mean ones."
+        f"Taken for granted: {cluster.tflops_share:.0%} of {cluster.tflops:g} TFLOP/s, {cluster.bandwidth_share:.0%} "
+        f"of every bandwidth, {cluster.latency_us:g} us a collective, {cluster.layer_us:g} us a layer at least, nothing "
+        "overlaps, routing is even; memory is for the longest sequences, time for the mean ones."
     )

@@ -114,4 +114,3 @@ def _weights(student: ModelShape, layout: Layout, work: Workload) -> Iterator[Tr
     for phase, what, times, calls in passes:
         for count, ranks in groups:
             yield _transfer("all_gather", phase, what, ranks, times * count * layout.value_bytes, times * calls)
-

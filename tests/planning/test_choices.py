@@ -11,9 +11,16 @@ from padd_ds.planning.traffic import step_transfers
 from tests.planning.test_memory import DENSE, EXPERTS, LAYOUT, SHAPE, WORK
 
 CLUSTER = Cluster(
-    devices_per_node=4, memory_gib=80, tflops=1000, memory_gb_per_s=3000, within_node_gb_per_s=400, between_nodes_gb_per_s=50
+    devices_per_node=4,
+    memory_gib=80,
+    tflops=1000,
+    memory_gb_per_s=3000,
+    within_node_gb_per_s=400,
+    between_nodes_gb_per_s=50,
 )
-LARGE = replace(SHAPE, layers=48, width=2048, heads=32, head_width=128, vocabulary=150_000, experts=128, expert_width=768)
+LARGE = replace(
+    SHAPE, layers=48, width=2048, heads=32, head_width=128, vocabulary=150_000, experts=128, expert_width=768
+)
 
 
 def question(memory_gib: float, work=WORK, shape=LARGE) -> Question:  # type: ignore[no-untyped-def]

@@ -69,7 +69,13 @@ def test_a_rank_without_offload_keeps_nothing_on_the_host() -> None:
 
 def wide_student() -> Glm4MoeForCausalLM:
     """Wide enough that indices and counts, which the plan leaves out, do not matter beside activations."""
-    wide = {"hidden_size": 256, "moe_intermediate_size": 128, "head_dim": 32, "num_attention_heads": 8, "use_qk_norm": True}
+    wide = {
+        "hidden_size": 256,
+        "moe_intermediate_size": 128,
+        "head_dim": 32,
+        "num_attention_heads": 8,
+        "use_qk_norm": True,
+    }
     return Glm4MoeForCausalLM(Glm4MoeConfig(**tiny_student().config.to_dict() | wide))
 
 
