@@ -30,7 +30,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--validate", action="store_true", help="exit code 2 where the run as configured cannot fit")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the YAML file")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main() -> None:

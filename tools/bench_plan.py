@@ -7,6 +7,7 @@ measured with a model of almost no size, and taken off.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -53,7 +54,7 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any], dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for models and runs; made anew")
+    parser.add_argument("--folder", type=Path, required=True, help="for models and runs")
     parser.add_argument("--only", help="cases whose name contains this")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
@@ -128,6 +129,7 @@ def run_case(
         "gradient_clipping": 1.0,
         "expert_parallel": {"enabled": True, "autoep_size": experts_over, "use_grouped_mm": False},
     }
+    shutil.rmtree(folder / label, ignore_errors=True)  # of an earlier benchmark
     run = write_run(folder, label, stage, tree)
     options = [f"{key}={value}" for key, value in overrides.items()]
     watched_run(folder, label, run, options)

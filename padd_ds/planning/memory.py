@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from padd_ds.losses.tokens import CHUNK_TOKENS
 from padd_ds.planning.shape import ModelShape
 from padd_ds.planning.traffic import trained_parameters
-from padd_ds.planning.workload import Layout, Workload
+from padd_ds.planning.workload import DEFAULT_LIVE, Layout, Workload
 
 FP32 = 4
 ROW_PADDING = 8
@@ -96,6 +96,7 @@ def _resting(student: ModelShape, teacher: ModelShape | None, layout: Layout, wo
             device["teacher"] = whole
         else:
             (host if work.teacher_placement == "offloaded" else device)["teacher"] = whole / world
+            device["gathered teacher"] = min(teacher.parameters, DEFAULT_LIVE) * value
     return device, host
 
 

@@ -104,6 +104,6 @@ def _assumptions(question: Question) -> Iterator[str]:
     cluster = question.cluster
     yield (
         f"Taken for granted: {cluster.tflops_share:.0%} of {cluster.tflops:g} TFLOP/s, {cluster.bandwidth_share:.0%} "
-        f"of every bandwidth, {cluster.latency_us:g} us a collective, {cluster.layer_us:g} us a layer at least, nothing "
-        "overlaps, routing is even; memory is for the longest sequences, time for the mean ones."
+        f"of every bandwidth, {cluster.latency_us:g} us a collective, {cluster.layer_us:g} us a layer at least, "
+        "nothing overlaps, routing is even; memory is for the longest sequences, time for the mean ones."
     )
