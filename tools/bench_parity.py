@@ -1,0 +1,122 @@
+"""Losses and gradient norms of every layout of a small run against the same run elsewhere, as a table.
+
+The warm-up is held against one process. Joint training is held against ZeRO 1 without expert parallelism on as many
+ranks, since every rank draws its own responses.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+# Lets the tool run by its path, where only its own folder is importable.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from padd_ds.errors import run_cli
+from tools.bench_plan import prepare
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODEL = {"layers": 2, "width": 64, "slice": 16, "experts": 8, "top_k": 2, "vocabulary": 128}
+RANKS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+"""(ranks, ranks that share the experts)."""
+ZERO_STAGES = (0, 1, 2, 3)
+STEPS = 3
+LOSSES = {"warmup": ("loss_lm", "loss_kd"), "joint": ("loss_policy", "loss_kd")}
+Layout = tuple[int, int, int]
+"""Ranks, ranks that share the experts, ZeRO stage."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="for models and runs")
+    folder = parser.parse_args().folder.resolve()
+    prepare(folder, MODEL)
+    layouts = [(*ranks, stage) for ranks in RANKS for stage in ZERO_STAGES]
+    cases = [(stage, layout) for stage in LOSSES for layout in layouts]
+    found = {case: run_case(folder, *case) for case in tqdm(cases, unit="run", dynamic_ncols=True)}
+    print(
+        "| ranks | experts over | ZeRO | "
+        + " | ".join(f"{stage}: {what}" for stage in LOSSES for what in COLUMNS)
+        + " |"
+    )
+    print("|---" * (3 + len(LOSSES) * len(COLUMNS)) + "|")
+    for layout in layouts:
+        cells = [
+            cell for stage in LOSSES for cell in compared(stage, found[stage, layout], found[reference(stage, layout)])
+        ]
+        print(f"| {layout[0]} | {layout[1]} | {layout[2]} | " + " | ".join(cells) + " |")
+
+
+COLUMNS = ("first losses", "first gradient", f"losses of {STEPS} steps")
+
+
+def reference(stage: str, layout: Layout) -> tuple[str, Layout]:
+    return stage, (1 if stage == "warmup" else layout[0], 1, 1)
+
+
+def compared(stage: str, found: list[dict[str, float]], expected: list[dict[str, float]]) -> list[str]:
+    """The largest relative deviations, for `COLUMNS`; the gradient's of its norm."""
+
+    def off(steps: int, names: tuple[str, ...]) -> str:
+        pairs = [(mine[name], theirs[name]) for mine, theirs in zip(found, expected, strict=True) for name in names][
+            : steps * len(names)
+        ]
+        return f"{max(abs(mine - theirs) / abs(theirs) if theirs else abs(mine) for mine, theirs in pairs):.0e}"
+
+    told = "grad_norm" in found[0]
+    return [off(1, LOSSES[stage]), off(1, ("grad_norm",)) if told else "not told", off(STEPS, LOSSES[stage])]
+
+
+def run_case(folder: Path, stage: str, layout: Layout) -> list[dict[str, float]]:
+    """The metrics of every step."""
+    world, experts_over, zero_stage = layout
+    run_dir = folder / "run"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    path = write_run(folder, run_dir, stage, experts_over, zero_stage)
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    command += ["padd_ds/train.py", "--config", str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{stage} on {layout} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_run(folder: Path, run_dir: Path, stage: str, experts_over: int, zero_stage: int) -> Path:
+    spread = {"stage3_param_persistence_threshold": 0} if zero_stage == 3 else {}
+    tree = {
+        "zero_optimization": {"stage": zero_stage, **spread},
+        "gradient_clipping": 1.0,
+        "expert_parallel": {"enabled": True, "autoep_size": experts_over, "use_grouped_mm": False},
+    }
+    (folder / "deepspeed.json").write_text(json.dumps(tree))
+    run: dict[str, Any] = {
+        "stage": stage,
+        "run_dir": str(run_dir),
+        "deepspeed": str(folder / "deepspeed.json"),
+        "steps": STEPS,
+        "micro_batch_size": 2,
+        "model": {"student": str(folder / "student"), "teacher": str(folder / "teacher")},
+        "data": {"source": str(folder / "data.jsonl"), "part": "all", "fields": {"solution": "solution"}},
+        "optimizer": {"learning_rate": 1e-3},
+        "warmup": {"batch_size": 8, "init_weight": 0},
+        "rollout": {"prompts": 4, "group_size": 4, "max_new_tokens": 12},
+        # Digits are common in what a random model says, so that rewards differ within a group.
+        "reward": {"answer_format": "pattern", "answer_pattern": r"(\d)", "format_weight": 1.0},
+        "policy": {"updates_per_rollout": 2},
+        "log": {"gradients_every_steps": 0, "tensorboard": False},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+if __name__ == "__main__":
+    run_cli(main)
