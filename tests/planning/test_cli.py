@@ -1,35 +1,51 @@
 """padd-plan from files: the shipped plans, --validate, and what it refuses."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from padd_ds.plan import cli
+
 RUN, CLUSTER = "ds_configs/plans/paper.yaml", "ds_configs/clusters/h100.yaml"
 
 
-def plan(repository: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "padd_ds/plan.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=repository, capture_output=True, text=True)
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, repository: Path) -> Callable[..., None]:
+    """padd-plan, in this process, from the repository's root."""
+    monkeypatch.chdir(repository)
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr("sys.argv", ["padd-plan", *map(str, arguments)])
+        cli()
+
+    return run
 
 
-@pytest.mark.slow
-def test_the_papers_experiment(repository: Path, tmp_path: Path) -> None:
-    done = plan(repository, "--config", RUN, "--cluster", CLUSTER, "--nodes", 2, "--json", tmp_path / "plan.json")
-    assert done.returncode == 0, done.stderr
-    assert "30.53B parameters, 3.35B active" in done.stdout and "Recommended: " in done.stdout
+def test_the_papers_experiment(plan: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan("--config", RUN, "--cluster", CLUSTER, "rollout.prompts=32", "--nodes", 2, "--json", tmp_path / "plan.json")
+    told = capsys.readouterr().out
+    assert "30.53B parameters, 3.35B active" in told and "a rank   16 sequences" in told and "Recommended: " in told
     facts = json.loads((tmp_path / "plan.json").read_text())
     assert facts["recommended"]["fits"] and facts["recommended"]["changes"] == []
     assert sum(facts["asked"]["memory_bytes"]["loss"].values()) > 30 * 2**30
 
 
-@pytest.mark.slow
-def test_validate_refuses_what_does_not_fit(repository: Path) -> None:
-    refused = plan(repository, "--config", RUN, "--cluster", CLUSTER, "--validate")
-    assert refused.returncode == 2 and "does not fit" in refused.stderr and refused.stderr.count("\n") == 1
-    assert plan(repository, "--config", RUN, "--cluster", CLUSTER, "--nodes", 2, "--validate").returncode == 0
+def test_validate_refuses_what_does_not_fit(plan: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        plan("--config", RUN, "--cluster", CLUSTER, "--validate")
+    told = capsys.readouterr().err
+    assert refused.value.code == 2 and "does not fit" in told and told.count("\n") == 1
+    plan("--config", RUN, "--cluster", CLUSTER, "--nodes", 2, "--validate")
+
+
+def test_batches_that_cannot_be_dealt_out_are_refused(
+    plan: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        plan("--config", RUN, "--cluster", CLUSTER, "--nodes", 3)
+    assert refused.value.code == 2 and "rollout.prompts 16 is not divisible by 24 ranks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(Path("ds_configs/clusters").glob("*.yaml")), ids=lambda path: path.stem)
