@@ -1,0 +1,21 @@
+"""What a plan says is sent, held against the collectives of two real ranks."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.bench_plan import prepare, run_case
+
+SMALL = {"layers": 2, "width": 128, "slice": 64, "experts": 4, "top_k": 2, "vocabulary": 512}
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_bytes_sent_are_those_of_real_ranks(tmp_path: Path) -> None:
+    prepare(tmp_path, SMALL)
+    spread = {"stage3_param_persistence_threshold": 0}  # small parameters would stay whole
+    measured_memory, _, sent, planned = run_case(
+        tmp_path, "warm-up", ("warmup", 3, 2, spread, {"warmup.batch_size": 8})
+    )
+    assert planned == pytest.approx(sent, rel=0.02)
+    assert measured_memory > 0
