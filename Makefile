@@ -29,7 +29,7 @@ STUDENT ?= repro/full/seed0/half/warmed-up/model
 TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-faults eval-gsm8k eval-math500 bench-convert bench-joint bench-plan \
+.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-faults eval-gsm8k eval-math500 bench-convert bench-joint bench-plan bench-parity \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
@@ -92,6 +92,9 @@ bench-joint: $(READY)  ## STUDENT=dir TEACHER=dir PROBLEMS=file: what a PADD ste
 
 bench-plan: $(READY)  ## what padd-plan says beside real ranks: memory and communication of ten small runs, a quarter of an hour
 	$(BIN)/python tools/bench_plan.py --folder bench/plan
+
+bench-parity: $(READY)  ## losses and gradients of every layout of a small run, beside one process
+	$(BIN)/python tools/bench_parity.py --folder bench/parity
 
 repro: $(READY)  ## the whole experiment, hours on two cores, resumable: results/full/, docs/results.md
 	$(BIN)/python tools/repro.py --scale full

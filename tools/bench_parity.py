@@ -36,9 +36,11 @@ Layout = tuple[int, int, int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for models and runs")
-    folder = parser.parse_args().folder.resolve()
+    parser.add_argument("--most-ranks", type=int, default=4, help="leave out layouts of more ranks")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
     prepare(folder, MODEL)
-    layouts = [(*ranks, stage) for ranks in RANKS for stage in ZERO_STAGES]
+    layouts = [(*ranks, stage) for ranks in RANKS for stage in ZERO_STAGES if ranks[0] <= arguments.most_ranks]
     cases = [(stage, layout) for stage in LOSSES for layout in layouts]
     found = {case: run_case(folder, *case) for case in tqdm(cases, unit="run", dynamic_ncols=True)}
     print(
