@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from padd_ds.errors import UserError, run_cli
+from padd_ds.files import write_text_whole
 
 EPILOG = """examples:
   padd-plan --config ds_configs/runs/joint.yaml --cluster ds_configs/clusters/h100.yaml
@@ -35,6 +36,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     parsed = parse_arguments(sys.argv[1:])
+    for option in ("mean_prompt", "mean_response"):
+        if (tokens := getattr(parsed, option)) is not None and tokens < 1:
+            raise UserError(f"--{option.replace('_', '-')} {tokens} must be at least 1")
 
     # Imported late, so that --help does not wait for torch.
     from padd_ds.planning.plan import make_plan
@@ -49,7 +53,7 @@ def main() -> None:
     )
     print(plan.text)
     if parsed.json is not None:
-        parsed.json.write_text(json.dumps(plan.facts, indent=1) + "\n", encoding="utf-8")
+        write_text_whole(parsed.json, json.dumps(plan.facts, indent=1) + "\n")
     if parsed.validate and not plan.fits:
         raise UserError(f"{parsed.config}: does not fit {parsed.cluster}; the plan above says what does")
 

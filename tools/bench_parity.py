@@ -6,9 +6,7 @@ ranks, since every rank draws its own responses.
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from padd_ds.errors import run_cli
-from tools.bench_plan import prepare
+from tools.bench_plan import launch, prepare
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 MODEL = {"layers": 2, "width": 64, "slice": 16, "experts": 8, "top_k": 2, "vocabulary": 128}
 RANKS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 """(ranks, ranks that share the experts)."""
@@ -82,12 +79,7 @@ def run_case(folder: Path, stage: str, layout: Layout) -> list[dict[str, float]]
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     path = write_run(folder, run_dir, stage, experts_over, zero_stage)
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    command += ["padd_ds/train.py", "--config", str(path)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{stage} on {layout} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    launch(world, ["padd_ds/train.py", "--config", str(path)], {})
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

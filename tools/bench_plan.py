@@ -186,18 +186,22 @@ def write_run(folder: Path, label: str, stage: str, tree: dict[str, Any]) -> Pat
 
 def watched_run(folder: Path, label: str, run: Path, options: list[str]) -> None:
     """Memory that is given back goes back to the system at once, so that what a process holds is what it uses."""
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
+    at_once = {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "131072",
         "MALLOC_ARENA_MAX": "1",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
-    command += ["tools/watched_train.py", str(folder / label), "--config", str(run), *options]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    launch(WORLD, ["tools/watched_train.py", str(folder / label), "--config", str(run), *options], at_once)
+
+
+def launch(world: int, command: list[str], environment: Mapping[str, str]) -> None:
+    """A Python script of this repository on CPU ranks of one thread; RuntimeError with its last words if it fails."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    on_cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    variables = os.environ | on_cpu | dict(environment)
+    done = subprocess.run([*torchrun, *command], cwd=REPOSITORY, env=variables, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{label} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """The machines that a run is planned for, from a YAML file."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from padd_ds.config.load import read_yaml, unknown_keys
-from padd_ds.config.sections import Count, Fraction, NonNegative, Positive, section
+from padd_ds.config.sections import Count, NonNegative, Positive, section
 from padd_ds.errors import UserError
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @section
@@ -39,9 +41,9 @@ class Cluster:
     layer_us: NonNegative = 300.0
     """That one layer's forward pass takes at least, as its operations are started one by one: what small batches, such
     as a decoding step's, wait for."""
-    tflops_share: Fraction = 0.4
+    tflops_share: Share = 0.4
     """Of `tflops` that matrix products reach."""
-    bandwidth_share: Fraction = 0.7
+    bandwidth_share: Share = 0.7
     """Of every bandwidth."""
 
     @property

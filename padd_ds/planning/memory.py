@@ -1,4 +1,4 @@
-"""Memory of one rank by part, at the three moments of a step that can be its fullest.
+"""Memory of one rank by part, at the four moments of a step that can be its fullest.
 
 Counted from what DeepSpeed 0.19.8, AutoEP and this trainer keep, held against the peaks of real ranks
 (docs/planning.md). Bytes throughout.
@@ -26,7 +26,7 @@ class MemoryPlan:
     """Bytes of a rank, by moment and part."""
 
     moments: dict[str, Parts]
-    """Moment of a step (rollout, backward, optimizer) -> part -> bytes on the device."""
+    """Moment of a step (loss, backward, optimizer, rollout) -> part -> bytes on the device."""
     host: Parts
     """What offloading puts in the node's memory, for this rank."""
 

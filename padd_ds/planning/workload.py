@@ -88,8 +88,6 @@ class Workload:
     trains_all: bool
     """Every weight, or the experts alone."""
     teacher_placement: str = "replicated"
-    init_tokens: int = 0
-    """Tokens per micro-batch and layer that every expert is applied to."""
 
     @property
     def sequence(self) -> int:
@@ -115,7 +113,6 @@ def workload_of(
     prompts = config.rollout.prompts // world if config.has_rollouts else 0
     rows = prompts * config.rollout.group_size if config.has_rollouts else config.warmup.batch_size // world
     longest_prompt, longest_response = _longest(config)
-    warms_experts = config.stage == "warmup" and config.warmup.init_weight > 0
     return Workload(
         stage=config.stage,
         prompt_tokens=longest_prompt if prompt_tokens is None else prompt_tokens,
@@ -129,7 +126,6 @@ def workload_of(
         distils=config.needs_teacher,
         trains_all=config.stage != "warmup",
         teacher_placement=config.model.teacher_placement,
-        init_tokens=config.warmup.init_tokens if warms_experts else 0,
     )
 
 

@@ -68,3 +68,17 @@ def test_a_wrong_key_of_a_cluster_is_named(tmp_path: Path) -> None:
         load_cluster(path)
     with pytest.raises(UserError, match=r"no such file; give a cluster file"):
         load_cluster(tmp_path / "absent.yaml")
+
+
+def test_a_share_of_nothing_and_a_length_of_nothing_are_refused(
+    plan: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(Path(CLUSTER).read_text() + "tflops_share: 0\n")
+    for arguments, message in (
+        (["--cluster", path], "tflops_share"),
+        (["--cluster", CLUSTER, "--mean-response", 0], "--mean-response 0 must be at least 1"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            plan("--config", RUN, *arguments)
+        assert refused.value.code == 2 and message in capsys.readouterr().err
