@@ -24,12 +24,16 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 LINTED := padd_ds tests tools
 RUFF_RULES := --line-length 120 --select E,F,I,B,UP,SIM,C4,RUF --ignore SIM905,RUF005
 
+# Cluster file of the GPU that the plan's benchmark runs on.
+GPU ?=
+
 # Models and data of the joint step's benchmark.
 STUDENT ?= repro/full/seed0/half/warmed-up/model
 TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-faults eval-gsm8k eval-math500 bench-convert bench-joint bench-plan bench-parity \
+.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-gpu test-faults eval-gsm8k eval-math500 bench-convert bench-joint bench-plan \
+    bench-train bench-parity \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
@@ -52,6 +56,9 @@ test-fast: lint  ## all but the tests marked slow
 test-slurm: $(READY)  ## the jobs of slurm/ on a real Slurm of two nodes on this host (root; Debian's slurm-wlm and munge)
 	trap 'tools/slurm_testbed.sh stop .cache/slurm' EXIT; tools/slurm_testbed.sh start .cache/slurm; \
 	    SLURM_CONF=$(CURDIR)/.cache/slurm/slurm.conf $(BIN)/python -m pytest tests/slurm
+
+test-gpu: $(READY)  ## the path on one GPU (skipped without one)
+	$(BIN)/python -m pytest tests/gpu
 
 test-faults: $(READY)  ## ranks killed and stopped at 20 random moments of one run, which then ends as the undisturbed one
 	PADD_STRIKES=20 $(BIN)/python -m pytest tests/faults
@@ -90,8 +97,11 @@ bench-joint: $(READY)  ## STUDENT=dir TEACHER=dir PROBLEMS=file: what a PADD ste
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python tools/bench_joint.py --student "$(STUDENT)" --teacher "$(TEACHER)" \
 	    --data "$(PROBLEMS)"
 
-bench-plan: $(READY)  ## what padd-plan says beside real ranks: memory and communication of ten small runs, a quarter of an hour
-	$(BIN)/python tools/bench_plan.py --folder bench/plan
+bench-plan: $(READY)  ## what padd-plan says beside ten small runs of two CPU ranks, or with GPU=cluster-file beside larger ones on a GPU
+	$(BIN)/python tools/bench_plan.py --folder bench/plan $(if $(GPU),--gpu "$(GPU)")
+
+bench-train: $(READY)  ## a training step's tokens per second beside transformers' own class of the student, on a GPU where there is one
+	$(BIN)/python tools/bench_train.py
 
 bench-parity: $(READY)  ## losses and gradients of every layout of a small run, beside one process
 	$(BIN)/python tools/bench_parity.py --folder bench/parity

@@ -18,7 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from padd_ds.errors import run_cli
-from tools.bench_plan import launch, prepare
+from tools.bench_plan import ON_CPU, ONE_THREAD_CPU, launch, prepare
 
 MODEL = {"layers": 2, "width": 64, "slice": 16, "experts": 8, "top_k": 2, "vocabulary": 128}
 RANKS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--most-ranks", type=int, default=4, help="leave out layouts of more ranks")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
-    prepare(folder, MODEL)
+    prepare(folder, MODEL, ON_CPU)
     layouts = [(*ranks, stage) for ranks in RANKS for stage in ZERO_STAGES if ranks[0] <= arguments.most_ranks]
     cases = [(stage, layout) for stage in LOSSES for layout in layouts]
     found = {case: run_case(folder, *case) for case in tqdm(cases, unit="run", dynamic_ncols=True)}
@@ -79,7 +79,7 @@ def run_case(folder: Path, stage: str, layout: Layout) -> list[dict[str, float]]
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     path = write_run(folder, run_dir, stage, experts_over, zero_stage)
-    launch(world, ["padd_ds/train.py", "--config", str(path)], {})
+    launch(world, ["padd_ds/train.py", "--config", str(path)], ONE_THREAD_CPU)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -24,8 +24,8 @@ class Cluster:
     memory_gib: Positive
     """Of one device; of one rank's share on a cpu."""
     reserved_gib: NonNegative = 2.0
-    """Of it, what the process has taken before it holds a model: context, libraries, the network's buffers. An
-    assumption until it is measured on the machine."""
+    """Of it, what the process takes beside its tensors: context, libraries, the network's buffers. One rank alone took
+    0.95 on an H200; what several take for their network is an assumption."""
     host_memory_gib: Positive = 1000.0
     """Of one node; offloading uses it."""
     tflops: Positive
@@ -38,11 +38,11 @@ class Cluster:
     """That one device sends to other nodes."""
     latency_us: NonNegative = 20.0
     """Of one collective, whatever it moves."""
-    layer_us: NonNegative = 300.0
+    layer_us: NonNegative = 4000.0
     """That one layer's forward pass takes at least, as its operations are started one by one: what small batches, such
-    as a decoding step's, wait for."""
-    tflops_share: Share = 0.4
-    """Of `tflops` that matrix products reach."""
+    as a decoding step's, wait for. Measured once, on an H200 (docs/planning.md)."""
+    tflops_share: Share = 0.2
+    """Of `tflops` that a training step reaches; measured as `layer_us`."""
     bandwidth_share: Share = 0.7
     """Of every bandwidth."""
 
