@@ -13,9 +13,16 @@ from typing import Any
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The server imports the heavy packages once; each rank is then a cheap fork of it.
+# The server imports once what ranks need, with what DeepSpeed imports when it is initialised; each rank is then a cheap
+# fork of it.
 _CONTEXT.set_forkserver_preload(
-    ["torch", "deepspeed", "transformers", "padd_ds.engine.student", "torch.utils.tensorboard"]
+    [
+        "tests.world",
+        "deepspeed.module_inject.auto_ep",
+        "deepspeed.moe.ep_kernels",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "torch.utils.tensorboard",
+    ]
 )
 
 
