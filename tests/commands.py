@@ -1,10 +1,11 @@
-"""Command lines in processes of their own, forked from the server of tests/ranks.py, which has imported torch already."""
+"""Command lines in processes of their own, forked from the server of tests/ranks.py, which has torch imported already."""
 
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.ranks import CONTEXT
@@ -13,13 +14,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class Command:
-    """`python WORDS` at the repository's root, WORDS being `FILE.py ...` or `-m MODULE ...`; used as a Popen with pipes."""
+    """`python WORDS` at the repository's root, WORDS being `FILE ...` or `-m MODULE ...`; used as a Popen with pipes.
 
-    def __init__(self, *words: object) -> None:
+    `log`: a file that standard output and standard error are appended to, in place of pipes.
+    """
+
+    def __init__(self, *words: object, environment: Mapping[str, str] | None = None, log: Path | None = None) -> None:
         self._words = [str(word) for word in words]
         self._folder = tempfile.TemporaryDirectory(prefix="padd-test-output-")
-        self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
-        arguments = (self._words, list(map(str, self._outputs)), dict(os.environ))
+        self._outputs = [log or Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        arguments = (self._words, list(map(str, self._outputs)), dict(environment or os.environ))
         self._process = CONTEXT.Process(target=_be_python, args=arguments, daemon=True)
         self._process.start()
 
@@ -51,7 +55,7 @@ def run_command(*words: object, timeout: float = 200) -> "subprocess.CompletedPr
 
 def _be_python(words: list[str], outputs: list[str], environment: dict[str, str]) -> None:
     for descriptor, path in enumerate(outputs, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(REPOSITORY)
