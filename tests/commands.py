@@ -1,4 +1,4 @@
-"""Command lines in processes of their own, forked from the server of tests/ranks.py, which has torch imported already."""
+"""Command lines in processes of their own: forks of the server of tests/ranks.py, which has torch imported already."""
 
 import os
 import runpy
