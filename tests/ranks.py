@@ -17,7 +17,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # fork of it.
 CONTEXT.set_forkserver_preload(
     [
+        "pytest",
         "tests.world",
+        "padd_ds.run.loop",
         "deepspeed.module_inject.auto_ep",
         "deepspeed.moe.ep_kernels",
         "deepspeed.runtime.zero.muon.muon_optimizer",
