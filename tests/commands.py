@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy
+
 from tests.ranks import CONTEXT
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -59,6 +61,7 @@ def _be_python(words: list[str], outputs: list[str], environment: dict[str, str]
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(REPOSITORY)
+    numpy.random.seed()  # drawn anew, as by an interpreter of its own; Python's own generator sees to that itself
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
