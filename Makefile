@@ -19,8 +19,8 @@ EVAL_ARGS ?=
 CALIBRATION ?=
 EVALUATION ?=
 
-# A process per core; tests of one file stay together, for what they build once.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+# A process per core; tests of one file stay together, for what they build once, in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 LINTED := padd_ds tests tools
 RUFF_RULES := --line-length 120 --select E,F,I,B,UP,SIM,C4,RUF --ignore SIM905,RUF005
 

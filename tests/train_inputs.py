@@ -1,17 +1,13 @@
 """What padd_ds/train.py needs on disk for a tiny joint run, and the starting of it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from tests.commands import REPOSITORY, Command
 from tests.tiny import tiny_student
 from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def make_inputs(folder: Path) -> Path:
@@ -40,9 +36,6 @@ def make_inputs(folder: Path) -> Path:
     return folder
 
 
-def start_training(inputs: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """One rank of padd_ds/train.py, its output in pipes."""
-    command: list[Any] = [sys.executable, "padd_ds/train.py", "--config", inputs / "run.yaml", *arguments]
-    return subprocess.Popen(
-        list(map(str, command)), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start_training(inputs: Path, *arguments: str) -> Command:
+    """One rank of padd_ds/train.py."""
+    return Command(REPOSITORY / "padd_ds" / "train.py", "--config", inputs / "run.yaml", *arguments)

@@ -11,16 +11,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 
 import pytest
 
 from padd_ds.config.load import load_run_config
 from padd_ds.errors import UserError
+from tests.commands import Command, run_command
+from tools import repro
+from tools.experiment import runner as runner_module
 from tools.experiment.cell import Cell, with_inputs, with_needs
 from tools.experiment.page import write_page
 from tools.experiment.plan import all_cells
 from tools.experiment.result import as_text, current_results, made_hash
-from tools.experiment.runner import MADE, Runner
+from tools.experiment.runner import BIN, MADE, Runner
 from tools.experiment.settings import SCALES, SEARCH, TUNED, Scale
 from tools.experiment.statistics import over_seeds, paired_over_questions, pooled
 
@@ -302,32 +306,38 @@ def test_a_page_of_nothing_is_refused(tmp_path):
     assert not (tmp_path / "page.md").exists()
 
 
-def test_several_patterns_choose_what_any_of_them_matches(repository):
-    words = [sys.executable, "tools/repro.py", "--list", "--only", "seed0/half/sft", "--only", "seed1/half/[sc]*t*d"]
-    listed = subprocess.run(words, cwd=repository, capture_output=True, text=True, timeout=100, check=True)
-    assert listed.stdout.split() == ["seed0/half/sft", "seed1/half/converted"]
-    refused = subprocess.run([*words, "--only", "seed9/*"], cwd=repository, capture_output=True, text=True, check=False)
+def test_several_patterns_choose_what_any_of_them_matches():
+    words = ["tools/repro.py", "--list", "--only", "seed0/half/sft", "--only", "seed1/half/[sc]*t*d"]
+    assert run_command(*words).stdout.split() == ["seed0/half/sft", "seed1/half/converted"]
+    refused = run_command(*words, "--only", "seed9/*")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --only seed9/*: no cell has such a name")
 
 
+def forked(command, *, env, stdout, **options):
+    """A Popen of this environment's python, or of a script beside it."""
+    words = command[1:] if command[0] == str(BIN / "python") else command
+    return Command(*words, environment=env, log=Path(stdout.name))
+
+
 @pytest.mark.slow
-def test_the_path_to_padd_runs_and_is_not_run_twice(tmp_path, repository):
-    words = [sys.executable, "tools/repro.py", "--scale", "smallest", "--only", "seed0/half/joint/padd"]
-    words += ["--work", tmp_path / "work", "--results", tmp_path / "results", "--page", tmp_path / "page.md"]
-    command = [str(word) for word in words]
-    first = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=900, check=False)
-    assert first.returncode == 0, first.stderr[-3000:]
+def test_the_path_to_padd_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner_module, "subprocess", SimpleNamespace(Popen=forked, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(repro, "end_on_sigterm", lambda: None)
+
+    def told(*more: str) -> str:
+        words = ["repro.py", "--scale", "smallest", "--only", "seed0/half/joint/padd", "--work", tmp_path / "work"]
+        words += ["--results", tmp_path / "results", "--page", tmp_path / "page.md", *more]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        repro.main()
+        return capsys.readouterr().err
+
+    told()
     result = json.loads((tmp_path / "results" / "seed0" / "half" / "joint" / "padd.json").read_text())
     assert len(result["greedy"]) == 14 and result["headline"]["routing"]["shift"] >= 0
     assert "| **PADD** | 0 | 0." in (tmp_path / "page.md").read_text()
-    again = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100, check=False)
-    assert "5 cells, 5 of them done" in again.stderr
-    verified = subprocess.run(
-        [*command, "--verify"], cwd=repository, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert verified.returncode == 0, verified.stderr[-3000:]
-    assert "seed0/half/joint/padd: the same greedy, sampled, headline and curves" in verified.stderr
+    assert "5 cells, 5 of them done" in told()
+    assert "seed0/half/joint/padd: the same greedy, sampled, headline and curves" in told("--verify")
 
 
 @pytest.mark.parametrize("shape", SCALES["full"].searched)
