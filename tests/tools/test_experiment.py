@@ -158,8 +158,8 @@ def test_a_change_reaches_all_that_follows_from_it(tmp_path, repository):
     assert not changed(tmp_path, SCALES["full"])
     run_file.write_text(run_file.read_text().replace("batch_size: 32, init", "batch_size: 16, init"))
     found = changed(tmp_path, SCALES["full"])
-    assert {"seed0/half/sft", "seed0/half/joint/padd"} <= found
-    assert "seed0/half/converted" not in found and "seed0/teacher" not in found
+    assert {"seed5/half/sft", "seed5/half/joint/padd"} <= found
+    assert "seed5/half/converted" not in found and "seed0/teacher" not in found
 
 
 def test_a_failing_command_is_named_and_leaves_no_cell(cells, tmp_path):
@@ -275,7 +275,9 @@ def test_the_page_has_every_row_its_figures_and_its_commands(tmp_path):
         assert title in text
     assert "| **PADD** | 0, 1, 2, 3, 4 | 0.5 of 1 | 75.0 (" in text and "+25.0 (" in text
     overview = text.split("## Overview")[1].split("## ")[0]
-    assert overview.count("| greedy | 0, 1, 2, 3, 4 |") == overview.count("| sampled | 0, 1, 2, 3, 4 |") == 3
+    for seeds in ("0, 1, 2, 3, 4", "5, 6, 7", "8, 9, 10"):
+        assert overview.count(f"| greedy | {seeds} |") == overview.count(f"| sampled | {seeds} |") == 1
+        assert f"\n| **Teacher (GRPO)** | {seeds} | " in text
     assert overview.count("| 75.0 (") == 3 and overview.count("Dense-GRPO: +25.0 (") == 3
     assert overview.count("| 62.5 (") == 3 and overview.count("Dense-GRPO: +12.5 (") == 3
     searches = text.split("## The search, ")[1:]
@@ -307,11 +309,11 @@ def test_a_page_of_nothing_is_refused(tmp_path):
 
 
 def test_several_patterns_choose_what_any_of_them_matches():
-    words = ["tools/repro.py", "--list", "--only", "seed0/half/sft", "--only", "seed1/half/[sc]*t*d"]
-    assert run_command(*words).stdout.split() == ["seed0/half/sft", "seed1/half/converted"]
-    refused = run_command(*words, "--only", "seed9/*")
+    words = ["tools/repro.py", "--list", "--only", "seed5/half/sft", "--only", "seed6/half/[sc]*t*d"]
+    assert run_command(*words).stdout.split() == ["seed5/half/sft", "seed6/half/converted"]
+    refused = run_command(*words, "--only", "seed99/*")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("error: --only seed9/*: no cell has such a name")
+    assert refused.stderr.startswith("error: --only seed99/*: no cell has such a name")
 
 
 def forked(command, *, env, stdout, **options):
