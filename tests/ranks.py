@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The server imports the heavy packages once; each rank is then a cheap fork of it.
+# The server imports the heavy packages once; each rank is then a cheap fork of it. The last is what
+# deepspeed.initialize imports, and torch's compiler with it.
 _CONTEXT.set_forkserver_preload(
-    ["torch", "deepspeed", "transformers", "padd_ds.engine.student", "torch.utils.tensorboard"]
+    ["pytest", "padd_ds.run.loop", "padd_ds.stages.build", "deepspeed.runtime.zero.muon.muon_optimizer"]
 )
 
 

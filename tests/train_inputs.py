@@ -1,5 +1,7 @@
 """What padd_ds/train.py needs on disk for a tiny joint run, and the starting of it."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from padd_ds import train
 from tests.tiny import tiny_student
 from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
 
@@ -46,3 +49,14 @@ def start_training(inputs: Path, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         list(map(str, command)), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def train_here(inputs: Path, *arguments: str) -> tuple[int, str]:
+    """padd_ds/train.py in this process, a rank of `run_ranks`: its exit code and what it said on standard error."""
+    code, told = 0, io.StringIO()
+    with contextlib.redirect_stderr(told):
+        try:
+            train.main(["--config", f"{inputs}/run.yaml", "log.tensorboard=false", *arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, told.getvalue()
