@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,7 @@ def run_case(
     shutil.rmtree(folder / label, ignore_errors=True)  # of an earlier benchmark
     run = write_run(folder, label, stage, tree)
     options = [f"{key}={value}" for key, value in overrides.items()]
-    watched_run(folder, label, run, options)
-    ranks = [json.loads((folder / label / f"rank_{rank}.json").read_text()) for rank in range(WORLD)]
+    ranks = watched_run(WORLD, folder, label, run, options)
     config = load_run_config(run, options)
     student, teacher = (shape(folder / name) for name in ("student", "teacher"))
     layout = layout_of(tree, WORLD, experts_over)
@@ -142,12 +141,8 @@ def run_case(
     memory = [max(v for k, v in rank["memory"]["peaks"].items() if k == "step 1") for rank in ranks]
     started = [rank["memory"]["peaks"]["imported"] for rank in ranks]
     measured = sum(peak - start for peak, start in zip(memory, started, strict=True)) / WORLD
-    moved: Counter[str] = Counter()
-    for rank in ranks:
-        moved.update({kind: count / WORLD for kind, count in rank["traffic"].items() if kind.endswith(f"over {WORLD}")})
+    sent = sum(sent_by_kind(ranks).values())
     expected = step_transfers(student, teacher, layout, work)
-    doubled = {"all_reduce": 2}
-    sent = sum(count * doubled.get(kind.split(" over ")[0], 1) * (WORLD - 1) / WORLD for kind, count in moved.items())
     planned = plan_memory(student, teacher, layout, work, on_cpu=True).peak
     return measured, planned, sent, sum(one.sent for one in expected)
 
@@ -184,14 +179,29 @@ def write_run(folder: Path, label: str, stage: str, tree: dict[str, Any]) -> Pat
     return path
 
 
-def watched_run(folder: Path, label: str, run: Path, options: list[str]) -> None:
-    """Memory that is given back goes back to the system at once, so that what a process holds is what it uses."""
+def watched_run(world: int, folder: Path, label: str, run: Path, options: list[str]) -> list[dict[str, Any]]:
+    """What tools/watched_train.py tells of every rank.
+
+    Memory that is given back goes back to the system at once, so that what a process holds is what it uses.
+    """
     at_once = {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "131072",
         "MALLOC_ARENA_MAX": "1",
     }
-    launch(WORLD, ["tools/watched_train.py", str(folder / label), "--config", str(run), *options], at_once)
+    launch(world, ["tools/watched_train.py", str(folder / label), "--config", str(run), *options], at_once)
+    return [json.loads((folder / label / f"rank_{rank}.json").read_text()) for rank in range(world)]
+
+
+def sent_by_kind(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Bytes that a rank sends on the mean, by kind of collective, each run as a ring, which sends a sum twice."""
+    sent: Counter[str] = Counter()
+    for rank in ranks:
+        for moved, count in rank["traffic"].items():
+            kind, _, size = moved.partition(" over ")
+            times = (2 if kind == "all_reduce" else 1) * (int(size) - 1) / int(size)
+            sent[kind] += times * count / len(ranks)
+    return dict(sent)
 
 
 def launch(world: int, command: list[str], environment: Mapping[str, str]) -> None:
