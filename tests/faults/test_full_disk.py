@@ -1,4 +1,4 @@
-"""A disk that is full when a checkpoint is written: one error, nothing half-written, and the run goes on later."""
+"""A disk that is full when a step is logged or saved: one error, nothing half-written, and the run goes on later."""
 
 import errno
 from pathlib import Path
@@ -13,11 +13,12 @@ from tests.train_inputs import make_inputs, train_here
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 WRITERS = {
+    "log": ("padd_ds.run.loop.append_line", "metrics.jsonl"),
     "weights": ("padd_ds.engine.checkpoint.save_file", "layer_00001"),
     "deepspeed": ("torch.save", ".partial/deepspeed"),
     "manifest": ("pathlib.Path.write_text", "manifest.json"),
 }
-"""Part of a checkpoint -> what writes it, and a file of it by which it is known."""
+"""What a step leaves -> what writes it, and a file of it by which it is known."""
 
 
 def train(ranks: Ranks, inputs: Path, name: str, steps: int, full: str | None, *more: str) -> tuple[int, str]:
