@@ -33,7 +33,7 @@ TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
 .PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-gpu test-faults eval-gsm8k eval-math500 bench-convert bench-joint bench-plan \
-    bench-train bench-parity \
+    bench-train bench-parity bench-scaling \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
@@ -105,6 +105,9 @@ bench-train: $(READY)  ## a training step's tokens per second beside transformer
 
 bench-parity: $(READY)  ## losses and gradients of every layout of a small run, beside one process
 	$(BIN)/python tools/bench_parity.py --folder bench/parity
+
+bench-scaling: $(READY)  ## tokens per second and bytes per token of 1 to 4 CPU ranks with the same work each
+	$(BIN)/python tools/bench_scaling.py --folder bench/scaling
 
 repro: $(READY)  ## the whole experiment, hours on two cores, resumable: results/full/, docs/results.md
 	$(BIN)/python tools/repro.py --scale full

@@ -9,6 +9,7 @@
 #   EVAL         options of padd-eval besides model and output
 #   EVAL_JOB     options of sbatch for the evaluations (default --gpus 1)
 #   CONFIGS      folder with teacher_grpo.yaml, warmup.yaml and joint.yaml (default ds_configs/runs)
+#   CLUSTER and the other variables of slurm/jobs.sh reach every job
 #   DRY_RUN=1    print the jobs instead of submitting them
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -34,7 +34,7 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
     `function` must be importable. A rank that raises fails the test with its traceback; ranks that
     are not back after `timeout_s` are killed and reported.
     """
-    port = _free_port()
+    port = free_port()
     results: Any = CONTEXT.Queue()
     processes = [
         CONTEXT.Process(target=_one_rank, args=(function, rank, world, port, arguments, results), daemon=True)
@@ -87,7 +87,7 @@ def _one_rank(function: Callable[..., Any], rank: int, world: int, port: int, ar
         stop_ranks()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -228,23 +228,16 @@ def run_case(folder: Path, name: str, case: Case, bench: Bench) -> Run:
     shutil.rmtree(folder / label, ignore_errors=True)  # of an earlier benchmark
     run = write_run(folder, label, stage, tree, bench)
     options = [f"{key}={value}" for key, value in overrides.items()]
-    watched_run(folder, label, run, options, bench)
-    ranks = [json.loads((folder / label / f"rank_{rank}.json").read_text()) for rank in range(bench.world)]
+    ranks = watched_run(folder, label, run, options, bench)
     config = load_run_config(run, options)
     student, teacher = (shape(folder / name) for name in ("student", "teacher"))
     layout = layout_of(tree, bench.world, experts_over)
     prompt, response = lengths(stage, config.rollout.max_new_tokens, bench)
     work = workload_of(config, bench.world, prompt, response)
-    moved: Counter[str] = Counter()
-    for rank in ranks:
-        kinds = {kind: count for kind, count in rank["traffic"].items() if kind.endswith(f"over {bench.world}")}
-        moved.update({kind: count / bench.world for kind, count in kinds.items()})
-    doubled = {"all_reduce": 2}
-    others = (bench.world - 1) / bench.world
     return Run(
         memory=mean([rank["memory"]["step 1"] - rank["memory"]["imported"] for rank in ranks]),
         planned_memory=plan_memory(student, teacher, layout, work, on_cpu=not bench.on_gpu).peak,
-        sent=sum(count * doubled.get(kind.split(" over ")[0], 1) * others for kind, count in moved.items()),
+        sent=sum(sent_by_kind(ranks).values()),
         planned_sent=sum(one.sent for one in step_transfers(student, teacher, layout, work)),
         seconds=mean([median(rank["seconds"][1:]) for rank in ranks]),
         device=ranks[0].get("device", ""),
@@ -293,8 +286,11 @@ def write_run(folder: Path, label: str, stage: str, tree: dict[str, Any], bench:
     return path
 
 
-def watched_run(folder: Path, label: str, run: Path, options: list[str], bench: Bench) -> None:
-    """Memory that is given back goes back to the system at once, so that what a process holds is what it uses."""
+def watched_run(folder: Path, label: str, run: Path, options: list[str], bench: Bench) -> list[dict[str, Any]]:
+    """What tools/watched_train.py tells of every rank.
+
+    Memory that is given back goes back to the system at once, so that what a process holds is what it uses.
+    """
     at_once = {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "131072",
@@ -302,6 +298,18 @@ def watched_run(folder: Path, label: str, run: Path, options: list[str], bench: 
     }
     command = ["tools/watched_train.py", str(folder / label), "--config", str(run), *options]
     launch(bench.world, command, {} if bench.on_gpu else {**at_once, **ONE_THREAD_CPU})
+    return [json.loads((folder / label / f"rank_{rank}.json").read_text()) for rank in range(bench.world)]
+
+
+def sent_by_kind(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Bytes that a rank sends on the mean, by kind of collective, each run as a ring, which sends a sum twice."""
+    sent: Counter[str] = Counter()
+    for rank in ranks:
+        for moved, count in rank["traffic"].items():
+            kind, _, size = moved.partition(" over ")
+            times = (2 if kind == "all_reduce" else 1) * (int(size) - 1) / int(size)
+            sent[kind] += times * count / len(ranks)
+    return dict(sent)
 
 
 ONE_THREAD_CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

@@ -56,14 +56,15 @@ class Cluster:
         return (self.memory_gib - self.reserved_gib) * 2**30
 
 
-def load_cluster(path: Path, nodes: int | None = None) -> Cluster:
-    """The cluster in `path`, of `nodes` nodes if that is given; UserError names the key that is wrong."""
+def load_cluster(path: Path, nodes: int | None = None, devices_per_node: int | None = None) -> Cluster:
+    """The cluster in `path`, of as many nodes and devices as are given; UserError names the key that is wrong."""
     tree = read_yaml(path, "a cluster file, for example one of ds_configs/clusters/")
     unknown = unknown_keys(tree, Cluster)
     if unknown:
         raise UserError(f"{path}: {unknown[0]}")
     try:
-        return TypeAdapter(Cluster).validate_python(tree | ({} if nodes is None else {"nodes": nodes}))
+        given = {"nodes": nodes, "devices_per_node": devices_per_node}
+        return TypeAdapter(Cluster).validate_python(tree | {key: n for key, n in given.items() if n is not None})
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
