@@ -125,7 +125,7 @@ def test_benchmark_is_read_from_a_folder(model, files):
     [
         (
             ["--question-field", "query"],
-            r"problems\.jsonl: row 1 has no 'query' \(fields: q, a, kind\); set --question-field",
+            r"problems\.jsonl, line 1 has no 'query' \(fields: q, a, kind\); set --question-field",
         ),
         (["--data", "{files}/none.jsonl"], r"none\.jsonl: no such file"),
         (["--perplexity", "{files}/none.txt"], r"none\.txt: cannot be read"),
@@ -159,7 +159,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_torch_is_loaded(files):
     lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2
     assert len(lines) == 1
-    assert "row 1 has no 'query'" in lines[0]
+    assert "line 1 has no 'query'" in lines[0]
     assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not (files / "out.json").exists()
 
