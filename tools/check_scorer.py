@@ -29,7 +29,7 @@ _SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
 _OPTION = re.compile(r"\(?([A-Za-z])\)?|\\text\{\(?([A-Za-z][A-Za-z ]*)\)?\}")
 # A digit that says how large something is, not which one it is.
 _DIGIT = re.compile(r"(?<![_\d.])(?<!_\{)\d")
-_OPERATOR = re.compile(r"(?<=[\w})\]]) *(?<!e)([-+]) *(?=[\w\\({])")
+_OPERATOR = re.compile(r"(?<=[\w})\]']) *([-+]) *(?=[\w\\({])")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +85,9 @@ def reworded(gold: str) -> str | None:
 def other_sign(gold: str) -> str | None:
     """One sign turned: of a number, of the first of several answers, between two terms, or of a whole expression."""
     first, *rest = split_answers(gold) or [""]
-    if r"\pm" in first or number(first) == 0 or _OPTION.fullmatch(first) or r"\infty" in first:
+    if r"\pm" in first or number(first) == 0 or _OPTION.fullmatch(gold) or r"\infty" in first:
         return None
-    start = first.index("=") + 1 if first.count("=") == 1 else 0
+    start = first.index("=") + 1 if re.search(r"^[^=]*=\s*(?!0$)[^=]+$", first) else 0
     if number(first) is not None or not (found := _OPERATOR.search(first, start)):
         # An equation whose side is 0 stays the same when that side is turned.
         if re.search(r"[<>]|\\(?:[lg]eq?|neq|cup|in|text|begin)\b|=\s*0$", first) or first.startswith(("(", "[")):

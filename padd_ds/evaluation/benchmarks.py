@@ -60,8 +60,9 @@ BENCHMARKS = {
     "olympiadbench": Benchmark(
         file="olympiadbench.jsonl",
         hub="math-ai/olympiadbench",
-        shapes=_named(
-            "question", answer="final_answer", solution="solution", subject="subfield", absolute_error="error"
+        shapes=(
+            *_named("question", answer="final_answer", solution="solution", subject="subfield", absolute_error="error"),
+            *_named("question", answer="final_answer", absolute_error="error"),
         ),
     ),
 }

@@ -41,7 +41,7 @@ _UNIT_PART = re.compile(
     r"|\\(?:AA|degree|mu|Omega|cdot)(?![A-Za-z])|(?!(?:pi|sqrt|sin|cos|tan|log|ln|exp|inf)(?![a-z]))[A-Za-z]{2,}"
     r"|[mgshJVKWNCFTLA](?![A-Za-z])|(?<=[A-Za-z}\]])\s*\^\s*\{?-?\d\}?|[/{}\[\]().\s]"
 )
-_NUMBER = re.compile(rf"([-+]?)\s*(?:({_DIGITS}){_SCALE}|{_POWER})")
+_NUMBER = re.compile(rf"([-+]?)\s*(?:{_POWER}|({_DIGITS}){_SCALE})")
 _WHOLE_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _PERCENT = re.compile(r"\s*\\?%\s*$")
 _BETWEEN = re.compile(r"(?:\\text\s*\{\s*(?:,?\s*and|,?\s*or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))")
@@ -131,8 +131,8 @@ def number(text: str) -> Decimal | None:
     found = _NUMBER.match(text)
     if found is None or not _is_unit(text, found.end()):
         return None
-    sign, digits, *powers = found.groups()
-    power = next((power for power in powers if power is not None), "0")
+    sign, in_braces, alone, digits, *scale = found.groups()
+    power = next((power for power in (in_braces, alone, *scale) if power is not None), "0")
     return Decimal(f"{sign}{(digits or '1').replace(',', '')}e{power}")
 
 
