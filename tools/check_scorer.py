@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from padd_ds.data.answers import last_boxed
-from padd_ds.data.problems import Problem
+from padd_ds.data.problems import FieldMap, Problem, map_rows
+from padd_ds.data.sources import read_rows
 from padd_ds.errors import UserError, run_cli
 from padd_ds.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from padd_ds.files import write_text_whole
@@ -154,17 +155,23 @@ def shares(counts: dict[str, int], wrong: Sequence[tuple[Case, Verdict]]) -> lis
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with the benchmarks' files")
-    parser.add_argument("--benchmark", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="default: all")
+    parser.add_argument("--benchmark", nargs="*", choices=BENCHMARKS, default=list(BENCHMARKS), help="default: all")
+    parser.add_argument(
+        "--also", type=Path, metavar="FILE", help="problems with boxed solutions, such as the training set of MATH"
+    )
     parser.add_argument("--check-workers", type=int, default=1, help="answer checking processes")
     parser.add_argument("--check-timeout", type=float, default=10.0, metavar="SECONDS", help="for one answer")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write what is printed there too")
     args = parser.parse_args(argv)
     problems = {name: load_benchmark(name, args.data) for name in args.benchmark}
+    if args.also:
+        fields = FieldMap(question="problem", answer="solution", gold_format="boxed")
+        problems[args.also.name] = map_rows(read_rows(str(args.also)), fields, str(args.also))
     table = [f"| benchmark | {' | '.join(KINDS)} |", f"|---|{'---|' * len(KINDS)}"]
     listed, below = [], []
     with AnswerChecker(workers=args.check_workers, timeout_s=args.check_timeout) as checker:
-        for name in args.benchmark:
-            counts, wrong = failures_of(problems[name], checker)
+        for name, asked in problems.items():
+            counts, wrong = failures_of(asked, checker)
             table.append(row(name, counts, wrong))
             listed += [
                 f"- {name} {case.place}, {case.kind}: `{case.problem.answer}`, found `{said.extracted}` ({said.status})"

@@ -215,7 +215,16 @@ def _parsed(answer: str) -> list[Any]:
     for pattern, written in _FOR_THE_PARSER:
         text = pattern.sub(written, text)
     # A sentence with formulas in it is no formula.
-    return _parse(f"\\boxed{{{text}}}", boxed=True)[1] or ("$" in answer and _parse(answer, boxed=True)[1]) or []
+    found = _parse(f"\\boxed{{{text}}}", boxed=True)[1] or ("$" in answer and _parse(answer, boxed=True)[1]) or []
+    return [_with_rates_as_unknowns(item) for item in found]
+
+
+def _with_rates_as_unknowns(parsed: Any) -> Any:
+    """dM/dt as an unknown of its own: sympy would take M for a constant, and its rate for 0."""
+    from sympy import Derivative, Symbol
+
+    rates = parsed.atoms(Derivative) if hasattr(parsed, "atoms") else ()
+    return parsed.xreplace({rate: Symbol(str(rate)) for rate in rates}) if rates else parsed
 
 
 def _parse(text: str, boxed: bool = False) -> tuple[str, list[Any]]:
@@ -237,7 +246,7 @@ def _value(parsed: Sequence[Any]) -> float | None:
     from sympy import Eq, Expr
 
     for item in parsed:
-        expression = item.rhs if isinstance(item, Eq) else item
+        expression = item.rhs if isinstance(item, Eq) and item.lhs.is_Symbol else item
         if isinstance(expression, Expr) and expression.is_number and expression.is_real:
             return float(expression.evalf())
     return None

@@ -105,7 +105,7 @@ def test_finished_responses_stand_in_the_order_of_problems(model, output):
 
 def test_another_evaluation_is_not_taken_up_and_not_lost(output):
     (work_folder(output) / "rank_0.jsonl").write_text("")
-    with pytest.raises(UserError, match="with another limit, seed is kept there; .*--overwrite"):
+    with pytest.raises(UserError, match=r"with another limit, seed is kept there; .*--overwrite"):
         open_work(output, {"seed": 1, "limit": 2}, overwrite=False)
     assert (work_folder(output) / "rank_0.jsonl").exists()
     open_work(output, {"seed": 1}, overwrite=True)

@@ -54,6 +54,8 @@ from padd_ds.rollout.compare import answers_in, can_be_read, compare, number, sp
         (r"\dot{x}_0 / \omega", r"\frac{\dot{x}_{0}}{\omega}", True),
         (r"\arcsin(10/13)", "np.arcsin(10/13)", True),
         ("x>5", r"x \geq 5", False),
+        (r"b v + m \frac{d v}{d t} = f", r"m \frac{d v}{d t}+b v=f", True),
+        (r"\frac{dM}{dt}=-2 k M^{6}", r"\frac{dM}{dt}=2 k M^{6}", False),
         # Words
         ("(B)", r"\text{B}", True),
         (r"\text{odd}", r"\text{even}", False),
@@ -75,6 +77,8 @@ def test_answers_agree_by_value(answer, gold, same):
         ("0.33", r"\frac{1}{3}", Tolerance(relative=0.02), True),
         ("4.3", "4.2", Tolerance(absolute=0.1), True),
         ("4.31", "4.2", Tolerance(absolute=0.1), False),
+        ("y-x=0", "y+x=0", Tolerance(relative=0.01), False),
+        ("x=0.99", "x=1", Tolerance(relative=0.01), True),
         ("0.99, 2.01", "2, 1", Tolerance(relative=0.01), True),
         ("0.99, 0.995", "2, 1", Tolerance(relative=0.01), False),
     ],
