@@ -24,6 +24,7 @@ EPILOG = """examples:
   padd-eval --model DIR --benchmark math500 --data-dir data --output results/math500.json
   padd-eval --model DIR --benchmark aime24 --samples 32 --temperature 0.6 --output results/aime24.json
   torchrun --nproc_per_node 8 -m padd_ds.evaluate --model DIR --benchmark math500 --output results/math500.json
+  padd-eval --compare results/before.json results/after.json
   padd-eval --check-overlap train.jsonl --data-dir data
 After an interruption the same command goes on where it was, on any number of ranks. docs/evaluation.md tells more."""
 
@@ -41,6 +42,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--check-overlap",
         metavar="FILE",
         help="no model: list the rows of this training data that hold questions of --benchmark, or of all benchmarks",
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="RESULT", help="no model: the second result beside the first, paired"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     add_problem_options(parser)
@@ -114,6 +118,11 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.compare:
+        from padd_ds.evaluation.paired import compare_results
+
+        print(compare_results(*args.compare))
+        return
     if args.check_overlap:
         check_overlap(args)
         return
@@ -243,14 +252,14 @@ def run(
             check_workers=args.check_workers,
             check_timeout_s=args.check_timeout,
         )
-        settings = _settings(args, template, answer_format, model)
+        settings = _settings(args, template, answer_format, model, problems)
         prompts = [render(template, problem, tokenizer) for problem in problems]
         check_prompts(prompts, model, tokenizer, options.generation)
         measured = Measured()
         if share.rank == 0:
             measure_texts(args, model, tokenizer, problems, prompts, text, measured)
         if problems:
-            kept = open_responses(args, problems, settings, model, share)
+            kept = open_responses(args, settings, model, share)
             measured.problems = evaluate_problems(model, tokenizer, problems, options, kept)
             if samples := settings["samples"]:
                 drawn = replace(options.generation, temperature=args.temperature, top_p=args.top_p)
@@ -308,16 +317,12 @@ def share_of_ranks() -> Iterator[Share]:
         stop_ranks()
 
 
-def open_responses(
-    args: argparse.Namespace, problems: list[Problem], settings: dict[str, Any], model: Any, share: Share
-) -> KeptResponses:
+def open_responses(args: argparse.Namespace, settings: dict[str, Any], model: Any, share: Share) -> KeptResponses:
     """What is kept of the responses, from an interruption of the same evaluation if there was one."""
     from padd_ds.evaluation.record import weights_hash
 
-    names = ("model", "template", "answer_format", "pattern", "max_new_tokens", "temperature", "top_p", "stop")
-    rows = json.dumps([asdict(problem) for problem in problems])
-    plan = {name: settings[name] for name in (*names, "seed", "dtype")}
-    plan["problems"] = hashlib.sha256(rows.encode()).hexdigest()
+    names = ("model", "template", "answer_format", "pattern", "tolerance", "max_new_tokens", "temperature", "top_p")
+    plan = {name: settings[name] for name in (*names, "stop", "seed", "dtype", "problems_sha256")}
 
     def open_once() -> None:
         if share.rank == 0:
@@ -352,8 +357,13 @@ def chat_template(template: str, chat: bool) -> PromptTemplate:
 
 
 def _settings(
-    args: argparse.Namespace, template: PromptTemplate, answer_format: AnswerFormat, model: Any
+    args: argparse.Namespace,
+    template: PromptTemplate,
+    answer_format: AnswerFormat,
+    model: Any,
+    problems: list[Problem],
 ) -> dict[str, Any]:
+    questions = json.dumps([[problem.question, problem.answer] for problem in problems])
     given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     resolved = {
         "template": {"text": template.text, "chat": template.chat, "system": template.system},
@@ -361,6 +371,7 @@ def _settings(
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_type": model.config.model_type,
+        "problems_sha256": hashlib.sha256(questions.encode()).hexdigest(),
         "samples": BENCHMARKS[args.benchmark].samples if args.samples is None and args.benchmark else args.samples or 0,
     }
     return given | resolved

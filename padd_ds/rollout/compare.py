@@ -10,9 +10,9 @@ from typing import Any
 
 from padd_ds.data.answers import EXACT, LONGEST_ANSWER, Tolerance, last_boxed, same_answer
 
-_SPACING = re.compile(r"\\[,;: ]|(?<!\\)~|\\(?:q?quad|displaystyle|left|right|[bB]ig[lr]?)(?![A-Za-z])|\\?\$")
+_SPACING = re.compile(r"(?<!\\)\\[,;: ]|(?<!\\)~|\\(?:q?quad|displaystyle|left|right|[bB]ig[lr]?)(?![A-Za-z])|\\?\$")
 _WRITTEN = (
-    (re.compile(r"\\!\s*"), ""),
+    (re.compile(r"(?<!\\)\\!\s*"), ""),
     (re.compile(r"\\[dt]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"[\u2212\u2013]"), "-"),
@@ -46,6 +46,8 @@ _WHOLE_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _PERCENT = re.compile(r"\s*\\?%\s*$")
 _BETWEEN = re.compile(r"(?:\\text\s*\{\s*(?:,?\s*and|,?\s*or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))")
 _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
+_SMALL = 1e-4
+"""Below it numbers are compared relatively: math-verify rounds them to six decimals."""
 _SEVERAL = 32
 """More answers than these are compared as one text only."""
 
@@ -204,8 +206,9 @@ def _same_mathematics(answer: str, gold: str, tolerance: Tolerance) -> bool | No
     if not parsed_gold:
         return None
     parsed = _parsed(answer)
-    if tolerance and (mine := _value(parsed)) is not None and (golden := _value(parsed_gold)) is not None:
-        return _close(mine, golden, tolerance)
+    mine, golden = _value(parsed), _value(parsed_gold)
+    if mine is not None and golden is not None and (tolerance or max(abs(mine), abs(golden)) < _SMALL):
+        return _close(mine, golden, tolerance or Tolerance(relative=1e-6))
     return bool(parsed) and verify(parsed_gold, parsed, timeout_seconds=None)
 
 

@@ -56,6 +56,10 @@ from padd_ds.rollout.compare import answers_in, can_be_read, compare, number, sp
         ("x>5", r"x \geq 5", False),
         (r"b v + m \frac{d v}{d t} = f", r"m \frac{d v}{d t}+b v=f", True),
         (r"\frac{dM}{dt}=-2 k M^{6}", r"\frac{dM}{dt}=2 k M^{6}", False),
+        (r"\begin{pmatrix} 4 \\ 0 \end{pmatrix}", r"\begin{pmatrix}4\\0\end{pmatrix}", True),
+        (r"\begin{pmatrix} 5 \\ 0 \end{pmatrix}", r"\begin{pmatrix} 4 \\ 0 \end{pmatrix}", False),
+        (r"\frac{2}{2^{98}}", r"\frac{1}{2^{98}}", False),
+        (r"2^{-98}", r"\frac{1}{2^{98}}", True),
         # Words
         ("(B)", r"\text{B}", True),
         (r"\text{odd}", r"\text{even}", False),
