@@ -107,6 +107,36 @@ def test_a_huge_response_is_bounded_by_the_timeout(unit):
     assert not verdict.correct
 
 
+@pytest.mark.slow
+def test_pathological_answers_cost_their_timeout_at_most():
+    pairs = [("", "5"), (r"$9^{9^{9^{9^{9}}}}$", "5"), (r"\boxed{" + r"\sqrt{" * 300 + "2" + "}" * 301, "5")]
+    with AnswerChecker(timeout_s=1.0) as checker:
+        checker.check([("\\boxed{2x}", "x + x")])  # start-up is not on the clock
+        start = time.monotonic()
+        verdicts = checker.check([*pairs, (r"\boxed{\frac{10}{2}}", "5")])
+        assert time.monotonic() - start < 60.0
+    assert [verdict.correct for verdict in verdicts] == [False, False, False, True]
+    assert verdicts[0].status == "no_answer"
+
+
+def test_a_comparison_that_raises_is_an_error_and_spares_its_worker(monkeypatch):
+    worker = """
+        from padd_ds.rollout import verify_worker
+
+        def compare(answer, *others):
+            return 1 // int(answer) == 1
+
+        verify_worker.compare = compare
+        verify_worker.main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(worker)]
+    with AnswerChecker(BOXED, command=command) as checker:
+        before = children()
+        verdicts = checker.check([(r"\boxed{0}", "x"), (r"\boxed{1}", "x")])
+        assert len(children() - before) == 1
+    assert [(verdict.status, verdict.correct) for verdict in verdicts] == [("error", False), ("ok", True)]
+
+
 def test_what_was_asked_of_a_worker_that_died_is_asked_again():
     with AnswerChecker() as checker:
         before = children()
