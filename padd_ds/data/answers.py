@@ -83,7 +83,7 @@ def extract_answer(response: str, answer_format: AnswerFormat) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last `\\boxed{}` with balanced braces holds; without one, what follows the last `\\boxed` in its formula.
+    """What the last `\\boxed{}` with balanced braces holds, or what follows the last bare `\\boxed` in its formula.
 
     None if there is neither.
     """

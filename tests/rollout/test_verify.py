@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from padd_ds.data.answers import AnswerFormat
+from padd_ds.data.answers import AnswerFormat, Tolerance
 from padd_ds.rollout.verify import AnswerChecker
 
 BOXED = AnswerFormat(name="boxed")
@@ -72,6 +72,12 @@ def test_verdicts_come_in_the_order_of_the_pairs_whatever_decided_them(boxed):
     verdicts = boxed.check(pairs)
     assert [verdict.correct for verdict in verdicts] == [True, True, False, True, True, False]
     assert [verdict.extracted for verdict in verdicts] == ["4", r"\frac{8}{2}", "5", "4", "2^2", "x"]
+
+
+def test_each_pair_has_its_own_tolerance(auto, boxed):
+    pairs, tolerances = [(r"\boxed{99}", "100")] * 2, [Tolerance(), Tolerance(relative=0.01)]
+    for checker in (auto, boxed):
+        assert [verdict.correct for verdict in checker.check(pairs, tolerances)] == [False, True]
 
 
 def test_integers_need_no_process():
@@ -201,7 +207,7 @@ def test_workers_load_no_torch():
     script = """
         import sys
         from padd_ds.rollout.verify_worker import judge
-        from padd_ds.data.answers import AnswerFormat
+        from padd_ds.data.answers import AnswerFormat, Tolerance
         assert judge("$1/2$", "0.5", AnswerFormat())["correct"]
         print(sorted({"torch", "transformers", "deepspeed", "datasets"} & set(sys.modules)))
     """
