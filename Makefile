@@ -9,11 +9,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Data folder and model of the evaluation targets.
+# Data folder and model of the evaluation targets; LAUNCH for several ranks, such as
+# "torchrun --nproc_per_node 8 -m padd_ds.evaluate".
 DATA ?=
 MODEL ?=
 RESULTS ?= results
 EVAL_ARGS ?=
+LAUNCH ?= $(BIN)/padd-eval
+BENCHMARKS := gsm8k math500 aime24 amc23 minerva olympiadbench
 
 # Texts of the conversion benchmark.
 CALIBRATION ?=
@@ -32,12 +35,12 @@ STUDENT ?= repro/full/seed0/half/warmed-up/model
 TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-gpu test-faults eval-gsm8k eval-math500 bench-convert bench-joint bench-plan \
-    bench-train bench-parity bench-scaling \
+.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-gpu test-faults $(BENCHMARKS:%=eval-%) eval-all \
+    check-scorer bench-convert bench-joint bench-plan bench-train bench-parity bench-scaling \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 20
 
 setup: $(READY)  ## build .venv with the tested versions (once)
 
@@ -73,6 +76,28 @@ eval-gsm8k: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 on GSM8K's test set
 
 eval-math500: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 on MATH500
 	$(call evaluate,math500)
+
+eval-aime24: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 and the mean of 32 drawn responses on AIME 2024
+	$(call evaluate,aime24)
+
+eval-amc23: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 on AMC 2023
+	$(call evaluate,amc23)
+
+eval-minerva: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 on Minerva's OCWCourses
+	$(call evaluate,minerva)
+
+eval-olympiadbench: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 on OlympiadBench's maths in English
+	$(call evaluate,olympiadbench)
+
+eval-all: $(READY)  ## MODEL=dir [DATA=folder]: all of these; finished ones are passed over
+	$(call need-model,all)
+	@for name in $(BENCHMARKS); do \
+	    if [ -e "$(call result,$$name)" ]; then echo "$$name: $(call result,$$name) is there already"; \
+	    else $(MAKE) --no-print-directory "eval-$$name"; fi; done
+
+check-scorer: $(READY)  ## DATA=folder: gold solutions of all benchmarks must score, wrong answers made of them must not
+	@test -d "$(DATA)" || { echo "error: DATA must be a folder with the benchmarks' files" >&2; exit 2; }
+	$(BIN)/python tools/check_scorer.py --data "$(DATA)"
 
 # Its own requirements ask for other versions of what is there already, and it works without them.
 bench/peers: $(READY)
@@ -121,10 +146,15 @@ repro-smollm2: $(READY)  ## the path on a real model, one seed, hours: results/s
 clean:  ## delete .venv and caches
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info
 
-define evaluate
+result = $(RESULTS)/$(1)-$(notdir $(patsubst %/,%,$(MODEL))).json
+
+define need-model
 	@test -n "$(MODEL)" || { echo "error: MODEL is not set; for example: make eval-$(1) MODEL=students/joint" >&2; exit 2; }
-	$(BIN)/padd-eval --model "$(MODEL)" --benchmark $(1) $(if $(DATA),--data-dir "$(DATA)") \
-	    --output "$(RESULTS)/$(1)-$(notdir $(patsubst %/,%,$(MODEL))).json" $(EVAL_ARGS)
+endef
+
+define evaluate
+	$(call need-model,$(1))
+	$(LAUNCH) --model "$(MODEL)" --benchmark $(1) $(if $(DATA),--data-dir "$(DATA)") --output "$(call result,$(1))" $(EVAL_ARGS)
 endef
 
 # torch goes in first and by its exact version: left to the resolver, a newer and far larger build may come.

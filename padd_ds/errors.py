@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from padd_ds.launcher import launched_rank
+
 EXIT_CODE_USER_ERROR = 2
 EXIT_CODE_STOPPED = 75
 """A signal asked the run to stop, and it can be resumed: what sysexits.h calls a temporary failure."""
@@ -29,9 +31,10 @@ class OneRankError(UserError):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run an entry point; a UserError becomes one line on standard error and exit code 2."""
+    """Run an entry point; a UserError becomes one line on standard error, from rank 0 of several, and exit code 2."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if launched_rank() in (None, 0) or isinstance(error, OneRankError):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_CODE_USER_ERROR)

@@ -1,7 +1,11 @@
 """padd-eval: Pass@1 on checkable problems, and perplexity on a text, of any causal language model folder."""
 
 import argparse
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +15,38 @@ from padd_ds.data.prompts import TEMPLATES, PromptTemplate, render, resolve_temp
 from padd_ds.data.sources import read_rows
 from padd_ds.errors import UserError, run_cli
 from padd_ds.evaluation.benchmarks import BENCHMARKS, load_benchmark
-from padd_ds.files import check_output_free
+from padd_ds.evaluation.kept import KeptResponses, Share, open_work, responses_file, work_folder
+from padd_ds.files import check_output_free, write_text_whole
+from padd_ds.launcher import launched_world
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+EPILOG = """examples:
+  padd-eval --model DIR --benchmark math500 --data-dir data --output results/math500.json
+  padd-eval --model DIR --benchmark aime24 --samples 32 --temperature 0.6 --output results/aime24.json
+  torchrun --nproc_per_node 8 -m padd_ds.evaluate --model DIR --benchmark math500 --output results/math500.json
+  padd-eval --compare results/before.json results/after.json
+  padd-eval --check-overlap train.jsonl --data-dir data
+After an interruption the same command goes on where it was, on any number of ranks. docs/evaluation.md tells more."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="padd-eval", description=__doc__)
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub id")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="result file to write (JSON)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing result file")
+    parser = argparse.ArgumentParser(
+        prog="padd-eval", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", metavar="DIR", help="checkpoint folder or hub id")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="result file to write (JSON)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a result file, or what another evaluation left unfinished"
+    )
+    parser.add_argument(
+        "--check-overlap",
+        metavar="FILE",
+        help="no model: list the rows of this training data that hold questions of --benchmark, or of all benchmarks",
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="RESULT", help="no model: the second result beside the first, paired"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     add_problem_options(parser)
     add_prompt_options(parser)
     text = parser.add_argument_group("perplexity")
@@ -55,6 +81,7 @@ def add_problem_options(parser: argparse.ArgumentParser) -> None:
     problems.add_argument("--question-field", default="question", metavar="NAME")
     problems.add_argument("--answer-field", default="answer", metavar="NAME")
     problems.add_argument("--subject-field", metavar="NAME", help="report Pass@1 by this field too")
+    problems.add_argument("--level-field", metavar="NAME", help="and by this one")
     problems.add_argument("--solution-field", metavar="NAME", help="measure the perplexity of these texts too")
     problems.add_argument("--gold-format", choices=GOLD_FORMATS, default="plain", help="how rows hold it")
     problems.add_argument("--limit", type=int, metavar="N", help="the first N problems only")
@@ -71,9 +98,18 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--chat", action="store_true", help="put --template in the model's chat template")
     prompts.add_argument("--answer-format", choices=ANSWER_FORMATS, default="auto", help="default: %(default)s")
     prompts.add_argument("--pattern", metavar="REGEX", help="one group, whose last match is the answer")
+    prompts.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="SHARE",
+        help="of the gold answer, by which a number may miss it (default: the benchmark's, 0.01 for minerva, else 0)",
+    )
     prompts.add_argument("--max-new-tokens", type=int, default=512, help="per response (default %(default)s)")
     prompts.add_argument(
-        "--samples", type=int, metavar="N", help="beside the greedy response, draw N and report their mean (Avg@N)"
+        "--samples",
+        type=int,
+        metavar="N",
+        help="beside the greedy response, draw N for Avg@N and Pass@k (default: 32 for aime24, else 0)",
     )
     prompts.add_argument("--temperature", type=float, default=1.0, help="of --samples (default %(default)s)")
     prompts.add_argument("--top-p", type=float, default=1.0, help="of --samples (default %(default)s)")
@@ -82,6 +118,14 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.compare:
+        from padd_ds.evaluation.paired import compare_results
+
+        print(compare_results(*args.compare))
+        return
+    if args.check_overlap:
+        check_overlap(args)
+        return
     check_arguments(args)
     answer_format = AnswerFormat(name=args.answer_format, pattern=args.pattern)
     template = chat_template(args.template, args.chat) if args.template else None
@@ -92,7 +136,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what can be refused without reading anything."""
+    for name in ("model", "output"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing; padd-eval --help tells what it is")
     check_output_free(args.output, args.overwrite)
+    if not work_folder(args.output).exists():
+        check_output_free(responses_file(args.output), args.overwrite)
     if args.output.is_dir():
         raise UserError(f"--output {args.output} is a folder; name a file")
     if not (args.benchmark or args.data or args.perplexity):
@@ -107,15 +156,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--routing-before goes with --routing")
     if args.chat and not args.template:
         raise UserError("--chat goes with --template")
-    counts = ("limit", "max_windows", "batch_size", "max_new_tokens", "check_workers", "samples")
-    check_at_least(args, dict.fromkeys(counts, 1) | {"window": 2})
+    counts = ("limit", "max_windows", "batch_size", "max_new_tokens", "check_workers")
+    check_at_least(args, dict.fromkeys(counts, 1) | {"window": 2, "samples": 0, "tolerance": 0})
     if args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature} must be above 0; the greedy response is always made")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
 
 
-def check_at_least(args: argparse.Namespace, least: dict[str, int]) -> None:
+def check_at_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:
     """UserError for the first of these options that is given and below its bound."""
     for name, bound in least.items():
         value = getattr(args, name)
@@ -125,19 +174,40 @@ def check_at_least(args: argparse.Namespace, least: dict[str, int]) -> None:
 
 def read_problems(args: argparse.Namespace) -> list[Problem]:
     """The problems asked for, up to --limit; none if only perplexity is."""
-    if args.benchmark:
-        return load_benchmark(args.benchmark, args.data_dir)[: args.limit]
+    problems = load_benchmark(args.benchmark, args.data_dir)[: args.limit] if args.benchmark else _own_problems(args)
+    if args.tolerance is None:
+        return problems
+    return [replace(one, tolerance=replace(one.tolerance, relative=args.tolerance)) for one in problems]
+
+
+def _own_problems(args: argparse.Namespace) -> list[Problem]:
     if not args.data:
         return []
     fields = FieldMap(
         question=args.question_field,
         answer=args.answer_field,
         subject=args.subject_field,
+        level=args.level_field,
         solution=args.solution_field,
         gold_format=args.gold_format,
     )
     rows = read_rows(args.data, args.split)[: args.limit]
     return map_rows(rows, fields, args.data, "--{role}-field")
+
+
+def check_overlap(args: argparse.Namespace) -> None:
+    """Print which rows of --check-overlap hold questions of a benchmark; with --output, write them as JSON too."""
+    from padd_ds.evaluation.overlap import find_overlaps, overlap_table
+
+    if args.output is not None:
+        check_output_free(args.output, args.overwrite)
+    names = [args.benchmark] if args.benchmark else list(BENCHMARKS)
+    questions = {name: [problem.question for problem in load_benchmark(name, args.data_dir)] for name in names}
+    overlaps = find_overlaps(read_rows(args.check_overlap, args.split), questions)
+    print(overlap_table(overlaps, {name: len(asked) for name, asked in questions.items()}))
+    if args.output is not None:
+        found = [asdict(overlap) for overlap in overlaps]
+        write_text_whole(args.output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_text(path: Path) -> str:
@@ -160,49 +230,107 @@ def run(
 ) -> None:
     """Load the model, measure, write the result file and print its headline."""
     # Here and not above: what the user got wrong is told before torch has taken seconds to load.
-    import torch
-
-    from padd_ds.evaluation.generate import GenerationOptions
-    from padd_ds.evaluation.perplexity import perplexity, solution_perplexity
+    from padd_ds.evaluation.generate import GenerationOptions, check_prompts
     from padd_ds.evaluation.results import Measured, table, write_result
-    from padd_ds.evaluation.routing import find_routers, measure_routing
+    from padd_ds.evaluation.routing import find_routers
     from padd_ds.evaluation.scoring import EvaluationOptions, evaluate_problems
+
+    with share_of_ranks() as share:
+        model, tokenizer = share.together(lambda: load(args.model, args.device or share.device, args.dtype))
+        if args.routing:
+            find_routers(model)
+        template = template or resolve_template("chat-boxed" if tokenizer.chat_template else "boxed")
+        options = EvaluationOptions(
+            template=template,
+            answer_format=answer_format,
+            generation=GenerationOptions(
+                max_new_tokens=args.max_new_tokens,
+                batch_size=args.batch_size,
+                stop=tuple(args.stop),
+                seed=args.seed,
+            ),
+            check_workers=args.check_workers,
+            check_timeout_s=args.check_timeout,
+        )
+        settings = _settings(args, template, answer_format, model, problems)
+        prompts = [render(template, problem, tokenizer) for problem in problems]
+        check_prompts(prompts, model, tokenizer, options.generation)
+        measured = Measured()
+        if share.rank == 0:
+            measure_texts(args, model, tokenizer, problems, prompts, text, measured)
+        if problems:
+            kept = open_responses(args, settings, model, share)
+            measured.problems = evaluate_problems(model, tokenizer, problems, options, kept)
+            if samples := settings["samples"]:
+                drawn = replace(options.generation, temperature=args.temperature, top_p=args.top_p)
+                sampling = replace(options, generation=drawn, samples=samples)
+                measured.samples = evaluate_problems(model, tokenizer, problems, sampling, kept)
+        if share.rank == 0:
+            write_result(args.output, settings, measured)
+            print(f"{args.model}\n{table(measured)}\nwritten to {args.output}")
+
+
+def measure_texts(
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    problems: list[Problem],
+    prompts: list[str],
+    text: str | None,
+    measured: Any,
+) -> None:
+    """What needs no responses: perplexities and routing, into `measured`."""
+    from padd_ds.evaluation.perplexity import perplexity, solution_perplexity
+    from padd_ds.evaluation.routing import measure_routing
     from padd_ds.hf import load_causal_lm
 
-    torch.manual_seed(args.seed)
-    model, tokenizer = load(args.model, args.device, args.dtype)
-    if args.routing:
-        find_routers(model)
-    template = template or resolve_template("chat-boxed" if tokenizer.chat_template else "boxed")
-    generation = GenerationOptions(
-        max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, stop=tuple(args.stop)
-    )
-    options = EvaluationOptions(
-        template=template,
-        answer_format=answer_format,
-        generation=generation,
-        check_workers=args.check_workers,
-        check_timeout_s=args.check_timeout,
-    )
-    measured = Measured()
     if text is not None:
         measured.perplexity = perplexity(model, tokenizer, text, args.window, args.max_windows)
-    if problems:
-        measured.problems = evaluate_problems(model, tokenizer, problems, options)
-    if problems and args.samples:
-        drawn = replace(generation, temperature=args.temperature, top_p=args.top_p)
-        sampling = replace(options, generation=drawn, samples=args.samples)
-        measured.samples = evaluate_problems(model, tokenizer, problems, sampling)
-    if args.solution_field:
-        prompts = [render(template, problem, tokenizer) for problem in problems]
-        solutions = [problem.solution or "" for problem in problems]
-        measured.solution_perplexity = solution_perplexity(model, tokenizer, prompts, solutions)
-        if args.routing:
-            before = load_causal_lm(args.routing_before, model.dtype).to(model.device) if args.routing_before else None
-            subjects = [problem.subject for problem in problems]
-            measured.routing = measure_routing(model, tokenizer, prompts, solutions, subjects, before)
-    write_result(args.output, _settings(args, template, answer_format, model), measured)
-    print(f"{args.model}\n{table(measured)}\nwritten to {args.output}")
+    if not args.solution_field:
+        return
+    solutions = [problem.solution or "" for problem in problems]
+    measured.solution_perplexity = solution_perplexity(model, tokenizer, prompts, solutions)
+    if args.routing:
+        before = load_causal_lm(args.routing_before, model.dtype).to(model.device) if args.routing_before else None
+        subjects = [problem.subject for problem in problems]
+        measured.routing = measure_routing(model, tokenizer, prompts, solutions, subjects, before)
+
+
+@contextmanager
+def share_of_ranks() -> Iterator[Share]:
+    """This process's share of the work among the ranks that a launcher started, or all of it."""
+    if launched_world() == 1:
+        yield Share()
+        return
+    from padd_ds.engine.ranks import patient_barrier, start_ranks, stop_ranks, together
+
+    ranks = start_ranks()
+    try:
+        yield Share(
+            rank=ranks.rank,
+            world=ranks.world,
+            device=str(ranks.device),
+            wait=patient_barrier(),
+            together=lambda action: together(action, ranks),
+        )
+    finally:
+        stop_ranks()
+
+
+def open_responses(args: argparse.Namespace, settings: dict[str, Any], model: Any, share: Share) -> KeptResponses:
+    """What is kept of the responses, from an interruption of the same evaluation if there was one."""
+    from padd_ds.evaluation.record import weights_hash
+
+    names = ("model", "template", "answer_format", "pattern", "tolerance", "max_new_tokens", "temperature", "top_p")
+    plan = {name: settings[name] for name in (*names, "stop", "seed", "dtype", "problems_sha256")}
+
+    def open_once() -> None:
+        if share.rank == 0:
+            open_work(args.output, plan | {"weights": weights_hash(model)}, args.overwrite)
+
+    share.wait()
+    share.together(open_once)
+    return KeptResponses(args.output, share)
 
 
 def load(source: str, device_name: str | None, dtype_name: str | None) -> tuple[Any, Any]:
@@ -229,8 +357,13 @@ def chat_template(template: str, chat: bool) -> PromptTemplate:
 
 
 def _settings(
-    args: argparse.Namespace, template: PromptTemplate, answer_format: AnswerFormat, model: Any
+    args: argparse.Namespace,
+    template: PromptTemplate,
+    answer_format: AnswerFormat,
+    model: Any,
+    problems: list[Problem],
 ) -> dict[str, Any]:
+    questions = json.dumps([[problem.question, problem.answer] for problem in problems])
     given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     resolved = {
         "template": {"text": template.text, "chat": template.chat, "system": template.system},
@@ -238,6 +371,8 @@ def _settings(
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_type": model.config.model_type,
+        "problems_sha256": hashlib.sha256(questions.encode()).hexdigest(),
+        "samples": BENCHMARKS[args.benchmark].samples if args.samples is None and args.benchmark else args.samples or 0,
     }
     return given | resolved
 

@@ -7,7 +7,9 @@ import pytest
 
 from padd_ds import evaluate
 from padd_ds.errors import UserError
+from padd_ds.rollout.verify import AnswerChecker
 from tests.data.characters import VOCABULARY, character_tokenizer
+from tests.ranks import run_ranks
 from tests.tiny import tiny_student
 
 TEXT = "A plain text, long enough for a few windows of a few tokens each. " * 3
@@ -26,6 +28,8 @@ def files(tmp_path) -> Path:
     rows = [{"q": f"{n} + 1", "a": n + 1, "kind": "sum"} for n in range(5)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"q": "1 + 1", "a": 2}\n{"q": "\xe9", "a": 2}\n')
     return tmp_path
 
 
@@ -39,6 +43,10 @@ def arguments(model: Path, files: Path, *more: str) -> list[str]:
         str(files / "out.json"),
     ]
     return [*paths, "--question-field", "q", "--answer-field", "a", "--max-new-tokens", "8", *more]
+
+
+def responses(files: Path, name: str = "out") -> list[dict]:
+    return [json.loads(line) for line in (files / f"{name}.responses.jsonl").read_text().splitlines()]
 
 
 def test_problems_and_text_are_measured_and_written(model, files, capsys):
@@ -59,16 +67,12 @@ def test_problems_and_text_are_measured_and_written(model, files, capsys):
     assert problems["problems"] == 3
     assert problems["by_subject"] == {"sum": [problems["correct"], 3]}
     assert result["headline"]["perplexity"]["tokens"] == 60
-    assert [row["question"] for row in result["responses"]] == ["0 + 1", "1 + 1", "2 + 1"]
-    assert set(result["responses"][0]) >= {
-        "gold",
-        "response",
-        "extracted",
-        "correct",
-        "tokens",
-        "ended",
-        "status",
-    }
+    assert [row["problem"] for row in result["responses"]] == [0, 1, 2]
+    assert result["responses_file"] == "out.responses.jsonl"
+    rows = responses(files)
+    assert [row["question"] for row in rows] == ["0 + 1", "1 + 1", "2 + 1"]
+    assert set(rows[0]) >= {"gold", "response", "extracted", "correct", "tokens", "ended", "status"}
+    assert not (files / ".out.json.partial").exists()
     assert result["settings"]["template"]["chat"] is True
     assert result["settings"]["dtype"] == "float32"
     assert result["versions"]["torch"]
@@ -83,8 +87,11 @@ def test_samples_stand_beside_the_greedy_response(model, files, capsys):
     result = json.loads((files / "out.json").read_text())
     samples, sampled = result["headline"]["samples"], result["sampled_responses"]
     assert (samples["problems"], samples["samples"]) == (2, 3)
-    assert [row["question"] for row in sampled] == ["0 + 1"] * 3 + ["1 + 1"] * 3
-    assert len({row["response"] for row in sampled}) > 1
+    assert [(row["problem"], row["sample"]) for row in sampled] == [(n, s) for n in (0, 1) for s in (1, 2, 3)]
+    rows = responses(files)
+    assert [row["question"] for row in rows] == ["0 + 1"] * 4 + ["1 + 1"] * 4
+    assert len({row["response"] for row in rows if row["sample"]}) > 1
+    assert set(samples["pass_at_k"]) == {"1", "2", "3"}
     assert result["headline"]["problems"]["samples"] == 1 and len(result["responses"]) == 2
     assert "mean of 3" in capsys.readouterr().out
 
@@ -116,8 +123,59 @@ def test_benchmark_is_read_from_a_folder(model, files):
         "4",
     ]
     evaluate.main([*command, "--template", "plain", "--output", str(files / "out.json")])
-    result = json.loads((files / "out.json").read_text())
-    assert [row["gold"] for row in result["responses"]] == ["2"]
+    assert [row["gold"] for row in responses(files)] == ["2"]
+
+
+def test_an_interrupted_evaluation_goes_on_by_the_same_command(model, files, monkeypatch):
+    command = arguments(model, files, "--answer-format", "last_number", "--samples", "2", "--batch-size", "3")
+    evaluate.main([*command, "--output", str(files / "whole.json")])
+    check = AnswerChecker.check
+    batches = []
+
+    def interrupted(self, *pairs):
+        batches.append(pairs)
+        if len(batches) == 4:
+            raise KeyboardInterrupt
+        return check(self, *pairs)
+
+    monkeypatch.setattr(AnswerChecker, "check", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(command)
+    assert not (files / "out.json").exists()
+    with pytest.raises(UserError, match=r"\.out\.json\.partial: an interrupted evaluation with another max_new_tokens"):
+        evaluate.main([*command, "--max-new-tokens", "9"])
+    evaluate.main([*command, "--batch-size", "4"])
+    assert len(batches) == 4 + 2  # two greedy and one drawn batch were kept; seven drawn responses are left
+    assert responses(files) == responses(files, "whole")
+    first, second = (json.loads((files / name).read_text())["headline"] for name in ("out.json", "whole.json"))
+    assert first == second
+
+
+def evaluate_on(ranks, command: list[str]) -> int:
+    """What `padd-eval` does on a rank, in the process that the test started for it."""
+    evaluate.main(command)
+    return ranks.rank
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_ranks_write_one_result(model, files):
+    command = arguments(model, files, "--answer-format", "last_number", "--samples", "2")
+    evaluate.main([*command, "--output", str(files / "whole.json")])
+    assert run_ranks(evaluate_on, 2, command) == [0, 1]
+    assert responses(files) == responses(files, "whole")
+    assert not (files / ".out.json.partial").exists()
+
+
+def test_overlap_of_training_data_needs_no_model(files, capsys):
+    asked = "How many of the nineteen apples are left when Tom has eaten four and Ann has eaten seven?"
+    (files / "gsm8k_test.jsonl").write_text(json.dumps({"question": asked, "answer": "#### 8"}) + "\n")
+    (files / "train.jsonl").write_text(f'{{"text": "3 + 4"}}\n{{"text": "{asked}"}}\n')
+    command = ["--check-overlap", str(files / "train.jsonl"), "--benchmark", "gsm8k", "--data-dir", str(files)]
+    evaluate.main([*command, "--output", str(files / "overlap.json")])
+    assert f"{files / 'train.jsonl'}, line 2: gsm8k 1, exact: How many" in capsys.readouterr().out
+    (found,) = json.loads((files / "overlap.json").read_text())
+    assert (found["place"], found["problem"], found["kind"]) == (f"{files / 'train.jsonl'}, line 2", 1, "exact")
 
 
 @pytest.mark.parametrize(
@@ -125,9 +183,11 @@ def test_benchmark_is_read_from_a_folder(model, files):
     [
         (
             ["--question-field", "query"],
-            r"problems\.jsonl: row 1 has no 'query' \(fields: q, a, kind\); set --question-field",
+            r"problems\.jsonl, line 1 has no 'query' \(fields: q, a, kind\); set --question-field",
         ),
         (["--data", "{files}/none.jsonl"], r"none\.jsonl: no such file"),
+        (["--data", "{files}/empty.jsonl"], r"empty\.jsonl: holds no rows"),
+        (["--data", "{files}/latin.jsonl"], r"latin\.jsonl, line 2: cannot be read as UTF-8"),
         (["--perplexity", "{files}/none.txt"], r"none\.txt: cannot be read"),
         (["--output", "{files}/problems.jsonl"], "already exists.*--overwrite"),
         (["--output", "{files}", "--overwrite"], "is a folder"),
@@ -135,7 +195,8 @@ def test_benchmark_is_read_from_a_folder(model, files):
         (["--pattern", "("], "not a regular expression"),
         (["--template", "none"], r"lacks \{question\}"),
         (["--limit", "0"], "--limit 0 must be at least 1"),
-        (["--samples", "0"], "--samples 0 must be at least 1"),
+        (["--samples", "-1"], "--samples -1 must be at least 0"),
+        (["--tolerance", "-0.1"], r"--tolerance -0\.1 must be at least 0"),
         (["--samples", "2", "--temperature", "0"], "--temperature 0.0 must be above 0"),
         (["--samples", "2", "--top-p", "2"], "--top-p 2.0 must be above 0 and at most 1"),
         (["--device", "warp"], "--device warp cannot be used"),
@@ -159,7 +220,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_torch_is_loaded(files):
     lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2
     assert len(lines) == 1
-    assert "row 1 has no 'query'" in lines[0]
+    assert "line 1 has no 'query'" in lines[0]
     assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not (files / "out.json").exists()
 
@@ -168,5 +229,7 @@ def test_nothing_to_evaluate_is_refused(model, files):
     with pytest.raises(UserError, match="give --benchmark, --data or --perplexity"):
         evaluate.main(["--model", str(model), "--output", str(files / "out.json")])
     text = ["--perplexity", str(files / "text.txt")]
+    with pytest.raises(UserError, match="--model is missing"):
+        evaluate.main([*text, "--output", str(files / "out.json")])
     with pytest.raises(UserError, match="--samples goes with"):
         evaluate.main(["--model", str(model), "--output", str(files / "out.json"), *text, "--samples", "2"])

@@ -77,7 +77,7 @@ class DataConfig:
     benchmark_field: str = "question"
     """Column of the benchmark files that holds the question."""
     template: str = "plain"
-    """Name of a prompt template (plain, boxed, qa, chat, chat-boxed), or a text with {question} in it."""
+    """Name of a prompt template (plain, boxed, qa, chat, chat-boxed, qwen-math, r1), or text with {question} in it."""
     chat: bool = False
     """Wrap a text template as a user's turn in the tokenizer's chat template."""
     target: str = "{solution}"

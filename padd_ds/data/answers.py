@@ -5,13 +5,30 @@ from dataclasses import dataclass
 
 from padd_ds.errors import UserError
 
-ANSWER_FORMATS = ("auto", "boxed", "hash", "last_number", "first_line", "pattern")
+ANSWER_FORMATS = ("auto", "boxed", "hash", "tag", "last_number", "first_line", "pattern")
 
 _BOX = re.compile(r"\\f?boxed\s*\{")
+_BARE_BOX = re.compile(r"\\f?boxed\s+([^\s${}][^$\n]{0,200})\$")
 # A minus sign after a digit or bracket is an operation, not a sign.
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 _INTEGER = re.compile(r"[-+]?\d{1,1000}")
-_LONGEST_ANSWER = 2000
+LONGEST_ANSWER = 2000
+"""Characters; longer ones are no answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far two numbers may be apart and still agree: the larger of the two bounds."""
+
+    relative: float = 0.0
+    """As a share of the gold answer."""
+    absolute: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.relative > 0 or self.absolute > 0
+
+
+EXACT = Tolerance()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +37,9 @@ class AnswerFormat:
 
     name: str = "auto"
     """`auto`: wherever math-verify finds one (a box, "the answer is", the last formula or number).
-    `boxed`: the last `\\boxed{}`. `hash`: after the last `####`. `last_number`, `first_line` (the first that
-    is not blank): as they say. `pattern`: the last match of `pattern`."""
+    `boxed`: the last `\\boxed{}`. `hash`: after the last `####`. `tag`: in the last `<answer>`, there the last box
+    if it has one. `last_number`, `first_line` (the first that is not blank): as they say. `pattern`: the last match
+    of `pattern`."""
     pattern: str | None = None
     """Regular expression with one group. It turns `auto` into `pattern`; any other name refuses it."""
 
@@ -61,11 +79,14 @@ def extract_answer(response: str, answer_format: AnswerFormat) -> str | None:
     else:
         answer = _EXTRACTORS[answer_format.name](response)
     answer = (answer or "").strip()
-    return answer if 0 < len(answer) <= _LONGEST_ANSWER else None
+    return answer if 0 < len(answer) <= LONGEST_ANSWER else None
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last `\\boxed{}` with balanced braces holds, or None."""
+    """What the last `\\boxed{}` with balanced braces holds, or what follows the last bare `\\boxed` in its formula.
+
+    None if there is neither.
+    """
     for start in reversed([found.end() for found in _BOX.finditer(text)][-8:]):
         depth = 1
         for index in range(start, len(text)):
@@ -74,7 +95,8 @@ def last_boxed(text: str) -> str | None:
             depth += {"{": 1, "}": -1}.get(text[index], 0)
             if depth == 0:
                 return text[start:index].strip()
-    return None
+    bare = _BARE_BOX.findall(text)
+    return bare[-1].strip() if bare else None
 
 
 def same_answer(answer: str, gold: str) -> bool | None:
@@ -100,6 +122,12 @@ def _after_hash(response: str) -> str | None:
     return tail.strip().split("\n")[0] if mark else None
 
 
+def _in_tag(response: str) -> str | None:
+    _, mark, tail = response.rpartition("<answer>")
+    inside = tail.partition("</answer>")[0]
+    return (last_boxed(inside) or inside) if mark else None
+
+
 def _last_number(response: str) -> str | None:
     numbers = _NUMBER.findall(response)
     return numbers[-1].replace(",", "") if numbers else None
@@ -112,6 +140,7 @@ def _first_line(response: str) -> str | None:
 _EXTRACTORS = {
     "boxed": last_boxed,
     "hash": _after_hash,
+    "tag": _in_tag,
     "last_number": _last_number,
     "first_line": _first_line,
 }

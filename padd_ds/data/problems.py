@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from padd_ds.data.answers import last_boxed
+from padd_ds.data.answers import EXACT, Tolerance, last_boxed
 from padd_ds.errors import UserError
 
 GOLD_FORMATS = ("plain", "gsm8k", "boxed")
@@ -24,6 +24,10 @@ class Problem:
     solution: str | None = None
     """Worked text, where the data has it."""
     subject: str | None = None
+    level: str | None = None
+    """How hard it is, in the data's own words."""
+    tolerance: Tolerance = EXACT
+    """How far a number may be from `answer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,12 @@ class FieldMap:
     answer: str = "answer"
     solution: str | None = None
     subject: str | None = None
+    level: str | None = None
+    absolute_error: str | None = None
+    """Holds how far a number may be from the answer; a row may leave it out. Of several, separated by commas, the
+    largest counts."""
+    relative_error: float = 0.0
+    """Not a field: the share of the answer by which a number may miss it, in every row."""
     gold_format: str = "plain"
     """`plain`: the field is the answer. `gsm8k`: worked text, then `#### answer`. `boxed`: worked text whose
     last `\\boxed{}` is the answer."""
@@ -53,25 +63,29 @@ def map_rows(
     """The problems of `rows`, in order.
 
     UserError for an absent field, with the row's number from 1; it names `source` and the config key (or
-    command-line option) `key`, where `{role}` stands for question, answer, solution or subject. Worked text
+    command-line option) `key`, where `{role}` stands for question, answer, solution, subject or level. Worked text
     without a final answer gives answer "", which an answer checker reports as an unparsable gold answer
     rather than as a wrong response.
     """
-    for role in ("question", "answer", "solution", "subject"):
+    for role in ("question", "answer", "solution", "subject", "level"):
         _check_field(rows, getattr(fields, role), source, key.replace("{role}", role))
-    return [_map_row(row, fields) for row in rows]
+    return [_map_row(row, fields, _place(row, number, source)) for number, row in enumerate(rows, start=1)]
 
 
 def _check_field(rows: Sequence[Mapping[str, Any]], name: str | None, source: str, key: str) -> None:
     for number, row in enumerate(rows, start=1):
         if name is not None and row.get(name) is None:
-            there = ", ".join(row) or "none"
-            raise UserError(f"{source}: row {number} has no {name!r} (fields: {there}); set {key} to one of them")
+            place, there = _place(row, number, source), ", ".join(row) or "none"
+            raise UserError(f"{place} has no {name!r} (fields: {there}); set {key} to one of them")
 
 
-def _map_row(row: Mapping[str, Any], fields: FieldMap) -> Problem:
+def _place(row: Mapping[str, Any], number: int, source: str) -> str:
+    return getattr(row, "place", f"{source}, row {number}")
+
+
+def _map_row(row: Mapping[str, Any], fields: FieldMap, place: str) -> Problem:
     question = str(row[fields.question])
-    solution = str(row[fields.solution]) if fields.solution else None
+    solution = answer_text(row[fields.solution]) if fields.solution else None
     subject = str(row[fields.subject]) if fields.subject else None
     answer = answer_text(row[fields.answer])
     if fields.gold_format == "gsm8k":
@@ -80,7 +94,19 @@ def _map_row(row: Mapping[str, Any], fields: FieldMap) -> Problem:
         solution = solution or _CALCULATOR_NOTES.sub("", worked).strip()
     elif fields.gold_format == "boxed":
         answer, solution = last_boxed(answer) or "", solution or answer
-    return Problem(question=question, answer=answer, solution=solution, subject=subject)
+    level = str(row[fields.level]) if fields.level else None
+    tolerance = Tolerance(relative=fields.relative_error, absolute=_absolute_error(row, fields.absolute_error, place))
+    return Problem(
+        question=question, answer=answer, solution=solution, subject=subject, level=level, tolerance=tolerance
+    )
+
+
+def _absolute_error(row: Mapping[str, Any], name: str | None, place: str) -> float:
+    text = str(row.get(name) or 0) if name else "0"
+    try:
+        return max(float(part or 0) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"{place}: {name} {text!r} is no number such as 1e-1; put it right or leave it out") from error
 
 
 def answer_text(value: Any) -> str:

@@ -9,6 +9,17 @@ from padd_ds.errors import UserError
 
 _PLACEHOLDER = re.compile(r"\{(question|solution|answer)\}")
 _BOXED = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
+_QWEN_MATH = (
+    "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+    "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+_R1 = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
+    "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
+    "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n"
+    "User: {question}\nAssistant: <think>"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +47,10 @@ TEMPLATES = {
     "qa": PromptTemplate(text="Question: {question}\nAnswer:"),
     "chat": PromptTemplate(chat=True),
     "chat-boxed": PromptTemplate(text=_BOXED, chat=True),
+    "qwen-math": PromptTemplate(text=_QWEN_MATH),
+    "r1": PromptTemplate(text=_R1),
 }
+"""`qwen-math` and `r1` are those of Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783), whose "no template" is `plain`."""
 
 
 def resolve_template(template: str) -> PromptTemplate:

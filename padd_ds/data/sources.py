@@ -1,18 +1,29 @@
 """Rows out of JSON Lines, JSON or parquet files, folders of them, or the Hugging Face hub."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from padd_ds.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-Row = dict[str, Any]
+Fields = dict[str, Any]
+
+
+class Row(dict[str, Any]):
+    """The fields of a row, which knows where it stands."""
+
+    place: str
+    """File and line, or data set and number, from 1."""
+
+    def __init__(self, fields: Mapping[str, Any], place: str) -> None:
+        super().__init__(fields)
+        self.place = place
 
 
 def read_rows(source: str, split: str | None = None) -> list[Row]:
-    """All rows of `source`, as dictionaries, in file order (files of a folder by name).
+    """All rows of `source`, in file order (files of a folder by name).
 
     `source` is a file, a folder, or a hub name such as `openai/gsm8k:main` (configuration after the colon).
     `split` picks a split of a hub data set or of a folder (files or sub-folders whose name starts with it).
@@ -30,9 +41,14 @@ def iterate_rows(
     """What `read_rows` lists, one row at a time; `on_bytes` is told how much of the files was read meanwhile."""
     files = source_files(source, split)
     if files is None:
-        yield from _read_hub(source, split)
+        for number, fields in enumerate(_read_hub(source, split), start=1):
+            yield Row(fields, f"{source}, row {number}")
     for path in files or ():
-        yield from READERS[path.suffix](path, on_bytes) if path.suffix in READERS else _json_lines(path, on_bytes)
+        if path.suffix not in READERS:
+            yield from _json_lines(path, on_bytes)
+            continue
+        for number, fields in enumerate(READERS[path.suffix](path, on_bytes), start=1):
+            yield Row(fields, f"{path}, row {number}")
 
 
 def source_files(source: str, split: str | None = None) -> list[Path] | None:
@@ -78,10 +94,10 @@ def _json_lines(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[Row]:
                 raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-            yield row
+            yield Row(row, f"{path}, line {number}")
 
 
-def _json_list(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[Row]:
+def _json_list(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[Fields]:
     with _opened(path) as file:
         content = file.read()
     on_bytes(len(content))
@@ -92,7 +108,7 @@ def _json_list(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[Row]:
     yield from _parse_json(path, text)
 
 
-def _parquet(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[Row]:
+def _parquet(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[Fields]:
     import pyarrow
     import pyarrow.parquet
 
@@ -106,7 +122,11 @@ def _parquet(path: Path, on_bytes: Callable[[int], Any]) -> Iterator[Row]:
         raise UserError(f"{path}: not a readable parquet file ({error})") from error
 
 
-READERS: dict[str, Callable[[Path, Callable[[int], Any]], Iterator[Row]]] = {".json": _json_list, ".parquet": _parquet}
+Reader = Callable[[Path, Callable[[int], Any]], Iterator[Fields]]
+READERS: dict[str, Reader] = {
+    ".json": _json_list,
+    ".parquet": _parquet,
+}
 """By suffix; everything else is read as JSON Lines."""
 
 
@@ -117,7 +137,7 @@ def _opened(path: Path) -> BinaryIO:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def _parse_json(path: Path, text: str) -> list[Row]:
+def _parse_json(path: Path, text: str) -> list[Fields]:
     try:
         rows = json.loads(text) if text.strip() else []
     except ValueError as error:
@@ -127,7 +147,7 @@ def _parse_json(path: Path, text: str) -> list[Row]:
     return rows
 
 
-def _read_hub(source: str, split: str | None) -> Iterable[Row]:
+def _read_hub(source: str, split: str | None) -> Iterable[Fields]:
     import datasets
 
     name, _, configuration = source.partition(":")

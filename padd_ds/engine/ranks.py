@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -96,6 +97,12 @@ def gather_objects(mine: Any, ranks: Ranks) -> list[Any]:
 def barrier() -> None:
     """Wait until every rank is here."""
     dist.barrier()
+
+
+def patient_barrier() -> Callable[[], None]:
+    """A barrier for ranks that may be hours apart, where the group's own would give up. Collective."""
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    return lambda: torch.distributed.barrier(group)
 
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:

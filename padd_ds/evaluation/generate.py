@@ -1,17 +1,21 @@
-"""Responses to many prompts, greedy or sampled."""
+"""Responses to many prompts, greedy or sampled.
 
-from collections.abc import Sequence
+Legend: B rows of a batch, T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from padd_ds.data.batches import prompt_batch
 from padd_ds.errors import UserError
 from padd_ds.hf import end_token_ids
 from padd_ds.rollout.settings import callers_settings_alone
+from padd_ds.seeds import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +27,10 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     """Texts that end a response, beside the end token; they are cut off."""
     temperature: float = 0.0
-    """0 takes the likeliest token; above it, tokens are drawn by torch's global generator."""
+    """0 takes the likeliest token; above it, tokens are drawn."""
     top_p: float = 1.0
+    seed: int = 0
+    """Of what is drawn: each response has its own from it and its place."""
 
     def __post_init__(self) -> None:
         for key in ("max_new_tokens", "batch_size"):
@@ -54,32 +60,48 @@ def generate_responses(
 ) -> list[Response]:
     """One response per complete prompt text, in the order of `prompts`; progress on standard error.
 
-    Batches take prompts of like length, the longest first, so that memory runs out early or never. What is
-    sampled depends on the batch size too, what is greedy does not.
+    In fp32 the responses are those of any other batch size, the drawn ones too.
     """
-    lengths = [len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
-    _check_lengths(lengths, model, options)
-    order = sorted(range(len(prompts)), key=lambda row: -lengths[row])
+    check_prompts(prompts, model, tokenizer, options)
+    seeds = [derive_seed(options.seed, row) for row in range(len(prompts))]
     responses: dict[int, Response] = {}
-    with tqdm(total=len(prompts), desc="responses", unit="response", dynamic_ncols=True) as progress:
-        for start in range(0, len(order), options.batch_size):
-            rows = order[start : start + options.batch_size]
-            batch = _generate(model, tokenizer, [prompts[row] for row in rows], options)
-            responses.update(zip(rows, batch, strict=True))
-            progress.update(len(rows))
+    for batch in generate_batches(model, tokenizer, prompts, options, seeds):
+        responses.update(batch)
     return [responses[row] for row in range(len(prompts))]
 
 
+def generate_batches(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    options: GenerationOptions,
+    seeds: Sequence[int],
+    show_progress: bool = True,
+) -> Iterator[dict[int, Response]]:
+    """Batch by batch, the responses by the row of their prompts. `seeds`: of what is drawn, one for each prompt.
+
+    Batches take prompts of like length, the longest first, so that memory runs out early or never.
+    """
+    lengths = _lengths(prompts, tokenizer)
+    order = sorted(range(len(prompts)), key=lambda row: -lengths[row])
+    with tqdm(
+        total=len(prompts), desc="responses", unit="response", dynamic_ncols=True, disable=not show_progress
+    ) as progress:
+        for start in range(0, len(order), options.batch_size):
+            rows = order[start : start + options.batch_size]
+            texts, row_seeds = [prompts[row] for row in rows], [seeds[row] for row in rows]
+            yield dict(zip(rows, _generate(model, tokenizer, texts, options, row_seeds), strict=True))
+            progress.update(len(rows))
+
+
 @torch.inference_mode()
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions) -> list[Response]:
+def _generate(
+    model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int]
+) -> list[Response]:
     batch = prompt_batch(prompts, tokenizer, max_prompt_length=2**31)
     end_ids = end_token_ids(model, tokenizer)
-    sampled = options.temperature > 0
     config = GenerationConfig(
-        do_sample=sampled,
-        temperature=options.temperature if sampled else None,
-        top_p=options.top_p if sampled else None,
-        top_k=0 if sampled else None,
+        do_sample=False,
         num_beams=1,
         max_new_tokens=options.max_new_tokens,
         eos_token_id=end_ids,
@@ -92,9 +114,32 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], options: Gener
             attention_mask=batch["attention_mask_BT"].to(model.device),
             generation_config=config,
             tokenizer=tokenizer if options.stop else None,
+            logits_processor=LogitsProcessorList([_Draw(options, seeds)] if options.temperature > 0 else []),
         )
     width = batch["input_ids_BT"].shape[1]
     return [_response(ids, end_ids, tokenizer, options) for ids in ids_BT[:, width:].tolist()]
+
+
+class _Draw(LogitsProcessor):
+    """Makes a drawn token the likeliest one, by each row's own numbers, whatever other rows stand in its batch."""
+
+    def __init__(self, options: GenerationOptions, seeds: Sequence[int]) -> None:
+        self._options = options
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        rows = [torch.rand(options.max_new_tokens, generator=each, dtype=torch.float64) for each in generators]
+        self._steps = iter(torch.stack(rows, dim=1))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        probabilities_BV = (scores.float() / self._options.temperature).softmax(dim=-1).double()
+        if self._options.top_p < 1:
+            sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+            outside_BV = sorted_BV.cumsum(dim=-1) - sorted_BV >= self._options.top_p
+            probabilities_BV = probabilities_BV.scatter(-1, order_BV, sorted_BV.masked_fill(outside_BV, 0.0))
+        # Over the vocabulary in its own order: rounding moves a bound between two tokens, but never swaps them.
+        bounds_BV = probabilities_BV.cumsum(dim=-1)
+        drawn_B1 = next(self._steps).to(scores.device)[:, None] * bounds_BV[:, -1:]
+        tokens_B1 = torch.searchsorted(bounds_BV, drawn_B1, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, float("-inf")).scatter(-1, tokens_B1, 0.0)
 
 
 def _response(ids: list[int], end_ids: list[int], tokenizer: Any, options: GenerationOptions) -> Response:
@@ -117,14 +162,20 @@ def _tokens_until_stop(ids: list[int], tokenizer: Any, stop: Sequence[str]) -> i
     return len(ids)
 
 
-def _check_lengths(lengths: Sequence[int], model: Any, options: GenerationOptions) -> None:
+def check_prompts(prompts: Sequence[str], model: Any, tokenizer: Any, options: GenerationOptions) -> None:
+    """UserError for a prompt without tokens, or with more than the model has positions for."""
+    lengths = _lengths(prompts, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(lengths, default=0)
     if lengths and min(lengths) == 0:
         raise UserError("a prompt has no tokens; choose a template that adds some text")
-    if limit is not None and longest + options.max_new_tokens > limit:
+    if lengths and limit is not None and longest + options.max_new_tokens > limit:
         row = lengths.index(longest) + 1
         raise UserError(
             f"problem {row} has {longest} prompt tokens, with max_new_tokens {options.max_new_tokens} "
             f"more than the model's {limit} positions; lower max_new_tokens or drop the problem"
         )
+
+
+def _lengths(prompts: Sequence[str], tokenizer: Any) -> list[int]:
+    return [len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]

@@ -120,12 +120,10 @@ def _targets(model: Any, tokenizer: Any, problems: Sequence[Problem], options: R
         return [replace(p, solution=render_target(p, options.target)) for p in problems]
     asked = [problem for problem in problems for _ in range(options.responses)]
     prompts = [render(options.template, problem, tokenizer) for problem in asked]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        responses = generate_responses(model, tokenizer, prompts, options.generation)
+    responses = generate_responses(model, tokenizer, prompts, replace(options.generation, seed=options.seed))
     with AnswerChecker(options.answer_format) as checker:
         pairs = [(response.text, problem.answer) for response, problem in zip(responses, asked, strict=True)]
-        verdicts = checker.check(pairs)
+        verdicts = checker.check(pairs, [problem.tolerance for problem in asked])
     kept: dict[tuple[str, str], Problem] = {}
     for problem, response, verdict in zip(asked, responses, verdicts, strict=True):
         if verdict.correct and response.ended:

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from padd_ds.evaluation.kept import finish_work, responses_file
 from padd_ds.evaluation.perplexity import Perplexity
 from padd_ds.evaluation.routing import RoutingResult
 from padd_ds.evaluation.scoring import EvaluationResult
@@ -30,13 +31,22 @@ class Measured:
 
 
 def write_result(path: Path, settings: dict[str, Any], measured: Measured) -> None:
-    """Write headline numbers, settings, versions and every response to `path`, whole or not at all."""
+    """Write headline numbers, settings, versions and every verdict to `path`, whole or not at all.
+
+    The responses themselves go beside it, into `responses_file(path)`, before.
+    """
+    responses = [
+        response for result in (measured.problems, measured.samples) if result for response in result.responses
+    ]
+    if responses:
+        finish_work(path, sorted(responses, key=lambda response: response.key))
     document = {
         "headline": headline(measured),
         "settings": settings,
         "versions": package_versions(),
-        "responses": _responses(measured.problems),
-        "sampled_responses": _responses(measured.samples),
+        "responses_file": responses_file(path).name if responses else None,
+        "responses": _verdicts(measured.problems),
+        "sampled_responses": _verdicts(measured.samples),
     }
     write_text_whole(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -52,8 +62,9 @@ def headline(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _responses(result: EvaluationResult | None) -> list[dict[str, Any]]:
-    return [] if result is None else [asdict(response) for response in result.responses]
+def _verdicts(result: EvaluationResult | None) -> list[dict[str, Any]]:
+    names = ("problem", "sample", "correct", "status", "tokens", "ended")
+    return [{name: getattr(response, name) for name in names} for response in (result.responses if result else [])]
 
 
 def _scores(result: EvaluationResult | None) -> dict[str, Any] | None:
@@ -76,12 +87,15 @@ def table(measured: Measured) -> str:
             ("Pass@1", _share(result)),
             ("cut off", f"{result.truncated} responses at the token limit"),
             ("no answer", f"{result.unparsed} responses"),
+            ("not checked", f"{result.unchecked} responses whose comparison took too long or failed"),
             ("gold unparsable", f"{result.gold_unparsable} problems, left out"),
             ("tokens", f"{result.tokens_mean:.1f} per response"),
         ]
-        rows += [(f"  {name}", f"{right} of {total}") for name, (right, total) in result.by_subject.items()]
+        groups = [*result.by_subject.items(), *((f"level {name}", count) for name, count in result.by_level.items())]
+        rows += [(f"  {name}", f"{right} of {total}") for name, (right, total) in groups]
     if sampled is not None:
         rows.append((f"mean of {sampled.samples}", f"{_share(sampled)}; {sampled.truncated} cut off"))
+        rows += [(f"Pass@{k}", f"{100 * share:.1f} %") for k, share in sampled.pass_at_k.items() if k > 1]
     if (text := measured.perplexity) is not None:
         spans = f"{text.tokens} tokens predicted in {text.windows} windows of {text.window}"
         rows.append(("perplexity", f"{text.value:.3f} ({spans})"))

@@ -18,10 +18,21 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from padd_ds.data.answers import AnswerFormat, extract_answer, is_integer, last_boxed, same_answer
+from padd_ds.data.answers import (
+    EXACT,
+    AnswerFormat,
+    Tolerance,
+    extract_answer,
+    is_integer,
+    last_boxed,
+    same_answer,
+)
+from padd_ds.rollout.compare import same_text
 from padd_ds.rollout.verify_worker import READY, encode_task
 
 STATUSES = ("ok", "no_answer", "gold_unparsable", "timeout", "error")
+Task = tuple[str, str, Tolerance]
+"""Response, gold answer, how far apart their numbers may be."""
 _START_TIMEOUT_S = 120.0
 _WORKER_COMMAND = (sys.executable, "-m", "padd_ds.rollout.verify_worker")
 
@@ -33,7 +44,7 @@ class Verdict:
     correct: bool
     status: str
     """`ok`: compared. `no_answer`: the response holds none. `gold_unparsable`: the gold answer is at fault.
-    `timeout`: took too long. `error`: two workers died of it."""
+    `timeout`: took too long. `error`: the comparison failed, or two workers died of it."""
     extracted: str
     """The answer found in the response, empty if none."""
 
@@ -71,19 +82,24 @@ class AnswerChecker:
         for worker in self._workers:
             worker.close()
 
-    def check(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """One verdict per (response, gold), in order; equal pairs are judged once."""
-        verdicts = {pair: self._judge_here(*pair) for pair in dict.fromkeys(pairs)}
-        open_pairs = [pair for pair, verdict in verdicts.items() if verdict is None]
-        verdicts.update(zip(open_pairs, self._judge_in_workers(open_pairs), strict=True))
-        return [verdict for pair in pairs if (verdict := verdicts[pair]) is not None]
+    def check(self, pairs: Sequence[tuple[str, str]], tolerances: Sequence[Tolerance] | None = None) -> list[Verdict]:
+        """One verdict per (response, gold), in order; equal questions are judged once.
 
-    def _judge_here(self, response: str, gold: str) -> Verdict | None:
+        `tolerances`: of each pair's numbers; without them, they must be equal.
+        """
+        bounds = [EXACT] * len(pairs) if tolerances is None else tolerances
+        tasks = [(*pair, tolerance) for pair, tolerance in zip(pairs, bounds, strict=True)]
+        verdicts = {task: self._judge_here(*task) for task in dict.fromkeys(tasks)}
+        open_tasks = [task for task, verdict in verdicts.items() if verdict is None]
+        verdicts.update(zip(open_tasks, self._judge_in_workers(open_tasks), strict=True))
+        return [verdict for task in tasks if (verdict := verdicts[task]) is not None]
+
+    def _judge_here(self, response: str, gold: str, tolerance: Tolerance) -> Verdict | None:
         """The verdict that plain text gives beyond doubt, without a process."""
         if self._format.by_math_verify:
             boxed = last_boxed(response)
             # A box that says the same is right; whether it is the only answer is math-verify's to say.
-            if boxed and same_answer(boxed, gold):
+            if boxed and (same_answer(boxed, gold) or same_text(boxed, gold)):
                 return Verdict(correct=True, status="ok", extracted=boxed)
             return None
         if self._format.pattern is not None:  # the user's own: it may backtrack for ever
@@ -92,26 +108,26 @@ class AnswerChecker:
         if extracted is None:
             return Verdict(correct=False, status="no_answer", extracted="") if is_integer(gold) else None
         same = same_answer(extracted, gold)
-        if same is None:
+        if same is None or (tolerance and not same):
             return None
         return Verdict(correct=same, status="ok", extracted=extracted)
 
-    def _judge_in_workers(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        if not pairs:
+    def _judge_in_workers(self, tasks: Sequence[Task]) -> list[Verdict]:
+        if not tasks:
             return []
         idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             idle.put(worker)
 
-        def judge(pair: tuple[str, str]) -> Verdict:
+        def judge(task: Task) -> Verdict:
             worker = idle.get()
             try:
-                return worker.judge(pair[0], pair[1], self._format, self._timeout_s)
+                return worker.judge(task, self._format, self._timeout_s)
             finally:
                 idle.put(worker)
 
         with ThreadPoolExecutor(len(self._workers)) as pool:
-            return list(pool.map(judge, pairs))
+            return list(pool.map(judge, tasks))
 
 
 class _Worker:
@@ -122,15 +138,15 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._received = b""
 
-    def judge(self, response: str, gold: str, answer_format: AnswerFormat, timeout_s: float) -> Verdict:
-        verdict = self._judge_once(response, gold, answer_format, timeout_s)
-        return self._judge_once(response, gold, answer_format, timeout_s) if verdict.status == "error" else verdict
+    def judge(self, task: Task, answer_format: AnswerFormat, timeout_s: float) -> Verdict:
+        verdict = self._judge_once(task, answer_format, timeout_s)
+        return self._judge_once(task, answer_format, timeout_s) if verdict.status == "error" else verdict
 
-    def _judge_once(self, response: str, gold: str, answer_format: AnswerFormat, timeout_s: float) -> Verdict:
+    def _judge_once(self, task: Task, answer_format: AnswerFormat, timeout_s: float) -> Verdict:
         process = self._process or self._start()
         deadline = time.monotonic() + timeout_s
         try:
-            _send(process, encode_task(response, gold, answer_format, timeout_s).encode(), deadline)
+            _send(process, encode_task(*task, answer_format, timeout_s).encode(), deadline)
             return Verdict(**self._receive(deadline))
         except TimeoutError:
             self.close(at_once=True)

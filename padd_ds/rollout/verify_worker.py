@@ -13,16 +13,17 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from padd_ds.data.answers import AnswerFormat, extract_answer, same_answer
+from padd_ds.data.answers import EXACT, AnswerFormat, Tolerance, extract_answer
+from padd_ds.rollout.compare import answers_in, can_be_read, compare
 
 READY = "ready"
 _MEMORY_LIMIT_BYTES = 4 * 2**30
 _GRACE_S = 2.0
 
 
-def encode_task(response: str, gold: str, answer_format: AnswerFormat, timeout_s: float) -> str:
+def encode_task(response: str, gold: str, tolerance: Tolerance, answer_format: AnswerFormat, timeout_s: float) -> str:
     """One task as a line for the worker's standard input."""
-    task = {"response": response, "gold": gold, "timeout_s": timeout_s}
+    task = {"response": response, "gold": gold, "tolerance": asdict(tolerance), "timeout_s": timeout_s}
     return json.dumps(task | {"answer_format": asdict(answer_format)}) + "\n"
 
 
@@ -42,44 +43,28 @@ def main() -> None:
         task = json.loads(line)
         # The parent kills a late worker; the alarm's default action does so when the parent is gone.
         signal.setitimer(signal.ITIMER_REAL, task["timeout_s"] + _GRACE_S)
-        result = judge(task["response"], task["gold"], AnswerFormat(**task["answer_format"]))
+        tolerance, answer_format = Tolerance(**task["tolerance"]), AnswerFormat(**task["answer_format"])
+        try:
+            result = judge(task["response"], task["gold"], answer_format, tolerance)
+        except Exception:  # of the many that a parser may raise on a model's text, none is worth a new process
+            result = _verdict("error", False, "")
         signal.setitimer(signal.ITIMER_REAL, 0)
         _send(results, result)
 
 
-def judge(response: str, gold: str, answer_format: AnswerFormat) -> dict[str, Any]:
+def judge(response: str, gold: str, answer_format: AnswerFormat, tolerance: Tolerance = EXACT) -> dict[str, Any]:
     """The verdict on one response as `{"status", "correct", "extracted"}`, without a time limit."""
-    from math_verify import verify
-
-    if answer_format.by_math_verify:
-        extracted, parsed = _parse(response)
-    else:
-        extracted = extract_answer(response, answer_format) or ""
-        parsed = _parse(f"\\boxed{{{extracted}}}")[1] if extracted else []
-    same = same_answer(extracted, gold)
-    if extracted and same is not None:
-        return _verdict("ok", same, extracted)
-    has_formula = "$" in gold.replace("\\$", "")
-    parsed_gold = _parse(gold if has_formula else f"\\boxed{{{gold}}}")[1] if gold.strip() else []
-    if not parsed_gold:
-        return _verdict("gold_unparsable", False, extracted)
-    if not extracted:
-        return _verdict("no_answer", False, "")
-    return _verdict("ok", bool(parsed) and verify(parsed_gold, parsed, timeout_seconds=None), extracted)
-
-
-def _parse(text: str) -> tuple[str, list[Any]]:
-    """The answer's text as math-verify found it, and what it was parsed to (empty: nothing)."""
-    from math_verify import parse
-
-    # No timeouts of its own: they are signals that a C call ignores, and the parent has the clock.
-    found = parse(text, parsing_timeout=None, fallback_mode="first_match")
-    as_text = [item for item in found if isinstance(item, str)]
-    return as_text[0] if as_text else "", [item for item in found if not isinstance(item, str)]
+    answers = answers_in(response) if answer_format.by_math_verify else [extract_answer(response, answer_format) or ""]
+    if not any(answers):
+        return _verdict("no_answer" if can_be_read(gold) else "gold_unparsable", False, "")
+    verdicts = [compare(answer, gold, tolerance) for answer in answers]
+    if True in verdicts:
+        return _verdict("ok", True, answers[verdicts.index(True)])
+    return _verdict("gold_unparsable" if None in verdicts else "ok", False, answers[-1])
 
 
 def _verdict(status: str, correct: bool, extracted: str) -> dict[str, Any]:
-    return {"status": status, "correct": bool(correct), "extracted": extracted}
+    return {"status": status, "correct": correct, "extracted": extracted}
 
 
 def _send(stream: Any, message: Any) -> None:

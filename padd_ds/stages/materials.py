@@ -168,10 +168,10 @@ def write_data_report(data: TrainingData | Blend, config: RunConfig, log: Callab
 def _benchmark_questions(data: DataConfig) -> list[str]:
     questions = []
     for source in data.benchmarks:
-        for number, row in enumerate(read_rows(source), start=1):
+        for row in read_rows(source):
             if data.benchmark_field not in row:
                 raise UserError(
-                    f"{source}: row {number} has no field {data.benchmark_field!r} (it has {', '.join(row)}); "
+                    f"{row.place} has no field {data.benchmark_field!r} (it has {', '.join(row)}); "
                     "set data.benchmark_field"
                 )
             questions.append(str(row[data.benchmark_field]))

@@ -32,7 +32,7 @@ def test_missing_field_names_row_fields_and_config_key():
     rows = [{"question": "q", "answer": "1"}, {"question": "q", "label": "1"}]
     with pytest.raises(UserError, match=r"row 2 has no 'answer' \(fields: question, label\).*data\.fields\.answer to"):
         map_rows(rows, FieldMap())
-    with pytest.raises(UserError, match=r"a\.jsonl: row 1 has no 'kind'.*set --subject-field"):
+    with pytest.raises(UserError, match=r"a\.jsonl, row 1 has no 'kind'.*set --subject-field"):
         map_rows(rows[:1], FieldMap(subject="kind"), "a.jsonl", "--{role}-field")
 
 

@@ -30,6 +30,12 @@ def test_braces_of_the_template_are_plain_text():
     assert render(TEMPLATES["boxed"], PROBLEM, character_tokenizer()).endswith(r"within \boxed{}.")
 
 
+def test_published_templates_leave_the_model_where_it_is_to_go_on():
+    qwen, r1 = (render(TEMPLATES[name], PROBLEM, character_tokenizer()) for name in ("qwen-math", "r1"))
+    assert qwen.endswith("<|im_start|>user\n3 + 4<|im_end|>\n<|im_start|>assistant\n")
+    assert r1.endswith("\nUser: 3 + 4\nAssistant: <think>")
+
+
 def test_chat_without_a_chat_template_is_refused():
     with pytest.raises(UserError, match="no chat template"):
         render(TEMPLATES["chat"], PROBLEM, character_tokenizer())
