@@ -102,7 +102,7 @@ def test_the_pipeline_goes_from_a_dense_teacher_to_evaluated_models(tmp_path: Pa
         DATA=str(inputs / "data.jsonl"),
         WORK=str(work),
         CONFIGS=str(pipeline_configs(inputs)),
-        CONVERT="--experts 8 --top-k 4 --calibration-field question,answer --calibration-tokens 256",
+        CONVERT="--experts 8 --shared-experts 2 --top-k 3 --calibration-field question,answer --calibration-tokens 256",
         CONVERT_JOB=f"--cpus-per-task=1 --output={tmp_path}/convert.log",
         EVAL=f"--data {inputs}/data.jsonl --limit 4 --max-new-tokens 4 --template plain",
         EVAL_JOB=f"--cpus-per-task=1 --output={tmp_path}/eval.log",
@@ -115,4 +115,4 @@ def test_the_pipeline_goes_from_a_dense_teacher_to_evaluated_models(tmp_path: Pa
     for model in ("teacher", "converted", "warmed-up", "joint"):
         assert (work / "models" / model / "config.json").exists()
     for model in ("teacher", "joint"):
-        assert json.loads((work / "results" / f"{model}.json").read_text())["problems"]["problems"] == 4
+        assert json.loads((work / "results" / f"{model}.json").read_text())["headline"]["problems"]["problems"] == 4
