@@ -26,6 +26,8 @@ RANKS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 ZERO_STAGES = (0, 1, 2, 3)
 STEPS = 3
 LOSSES = {"warmup": ("loss_lm", "loss_kd"), "joint": ("loss_policy", "loss_kd")}
+SIZES = {"loss_policy": 1.0}
+"""Of what a loss sums up, where that cancels: ratios near 1 times advantages with standard deviation 1."""
 Layout = tuple[int, int, int]
 """Ranks, ranks that share the experts, ZeRO stage."""
 
@@ -61,13 +63,16 @@ def reference(stage: str, layout: Layout) -> tuple[str, Layout]:
 
 
 def compared(stage: str, found: list[dict[str, float]], expected: list[dict[str, float]]) -> list[str]:
-    """The largest relative deviations, for `COLUMNS`; the gradient's of its norm."""
+    """The largest deviations, for `COLUMNS`, relative to what is expected or to `SIZES`; of a gradient's norm."""
 
     def off(steps: int, names: tuple[str, ...]) -> str:
-        pairs = [(mine[name], theirs[name]) for mine, theirs in zip(found, expected, strict=True) for name in names][
-            : steps * len(names)
+        pairs = list(zip(found, expected, strict=True))[:steps]
+        deviations = [
+            abs(mine[name] - theirs[name]) / SIZES.get(name, abs(theirs[name]))
+            for mine, theirs in pairs
+            for name in names
         ]
-        return f"{max(abs(mine - theirs) / abs(theirs) if theirs else abs(mine) for mine, theirs in pairs):.0e}"
+        return f"{max(deviations):.0e}"
 
     told = "grad_norm" in found[0]
     return [off(1, LOSSES[stage]), off(1, ("grad_norm",)) if told else "not told", off(STEPS, LOSSES[stage])]
