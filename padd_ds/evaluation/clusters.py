@@ -43,7 +43,7 @@ class TeacherClusters:
 
     @contextmanager
     def watching(self) -> Iterator[dict[int, Tensor]]:
-        """By layer with experts, mean |h| over the neurons of each routed cluster, [S, E], of the block's forward pass."""
+        """By layer with experts, mean |h| over each routed cluster's neurons, [S, E], of the pass inside the block."""
         seen: dict[int, Tensor] = {}
 
         def keep(layer: int, membership_FE: Tensor) -> Any:

@@ -47,7 +47,7 @@ def find_routers(model: Any) -> list[Router]:
     A router is the module `gate` or `router` beside a module `experts`, as in all classes of transformers 5 whose
     experts are given their inputs, the chosen experts and their weights.
     """
-    routers = []
+    routers: list[Router] = []
     for name, module in model.named_modules():
         parts = dict(module.named_children())
         gate = next((parts[key] for key in _NAMES if key in parts), None)
