@@ -28,6 +28,8 @@ def files(tmp_path) -> Path:
     rows = [{"q": f"{n} + 1", "a": n + 1, "kind": "sum"} for n in range(5)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"q": "1 + 1", "a": 2}\n{"q": "\xe9", "a": 2}\n')
     return tmp_path
 
 
@@ -184,6 +186,8 @@ def test_overlap_of_training_data_needs_no_model(files, capsys):
             r"problems\.jsonl, line 1 has no 'query' \(fields: q, a, kind\); set --question-field",
         ),
         (["--data", "{files}/none.jsonl"], r"none\.jsonl: no such file"),
+        (["--data", "{files}/empty.jsonl"], r"empty\.jsonl: holds no rows"),
+        (["--data", "{files}/latin.jsonl"], r"latin\.jsonl, line 2: cannot be read as UTF-8"),
         (["--perplexity", "{files}/none.txt"], r"none\.txt: cannot be read"),
         (["--output", "{files}/problems.jsonl"], "already exists.*--overwrite"),
         (["--output", "{files}", "--overwrite"], "is a folder"),

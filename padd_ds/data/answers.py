@@ -8,6 +8,7 @@ from padd_ds.errors import UserError
 ANSWER_FORMATS = ("auto", "boxed", "hash", "tag", "last_number", "first_line", "pattern")
 
 _BOX = re.compile(r"\\f?boxed\s*\{")
+_BARE_BOX = re.compile(r"\\f?boxed\s+([^\s${}][^$\n]{0,200})\$")
 # A minus sign after a digit or bracket is an operation, not a sign.
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 _INTEGER = re.compile(r"[-+]?\d{1,1000}")
@@ -82,7 +83,10 @@ def extract_answer(response: str, answer_format: AnswerFormat) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last `\\boxed{}` with balanced braces holds, or None."""
+    """What the last `\\boxed{}` with balanced braces holds, or what follows the last bare `\\boxed` in its formula.
+
+    None if there is neither.
+    """
     for start in reversed([found.end() for found in _BOX.finditer(text)][-8:]):
         depth = 1
         for index in range(start, len(text)):
@@ -91,7 +95,8 @@ def last_boxed(text: str) -> str | None:
             depth += {"{": 1, "}": -1}.get(text[index], 0)
             if depth == 0:
                 return text[start:index].strip()
-    return None
+    bare = _BARE_BOX.findall(text)
+    return bare[-1].strip() if bare else None
 
 
 def same_answer(answer: str, gold: str) -> bool | None:

@@ -23,8 +23,13 @@ def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float
 
 
 def mean_interval(shares: Sequence[float], z: float = Z_95) -> tuple[float, float]:
-    """The normal interval of the mean of shares, one per problem, within [0, 1]; (0, 1) below two problems."""
+    """The normal interval of the mean of shares, one per problem, within [0, 1]; (0, 1) below two problems.
+
+    Where all shares are 0, or all are 1, it would have no width: then Wilson's, of as many single responses.
+    """
     if len(shares) < 2:
         return 0.0, 1.0
+    if set(shares) in ({0.0}, {1.0}):
+        return wilson_interval(int(sum(shares)), len(shares))
     mean, half = fmean(shares), z * stdev(shares) / sqrt(len(shares))
     return max(0.0, mean - half), min(1.0, mean + half)

@@ -123,7 +123,7 @@ def _targets(model: Any, tokenizer: Any, problems: Sequence[Problem], options: R
     responses = generate_responses(model, tokenizer, prompts, replace(options.generation, seed=options.seed))
     with AnswerChecker(options.answer_format) as checker:
         pairs = [(response.text, problem.answer) for response, problem in zip(responses, asked, strict=True)]
-        verdicts = checker.check(pairs)
+        verdicts = checker.check(pairs, [problem.tolerance for problem in asked])
     kept: dict[tuple[str, str], Problem] = {}
     for problem, response, verdict in zip(asked, responses, verdicts, strict=True):
         if verdict.correct and response.ended:

@@ -59,10 +59,10 @@ def compare(answer: str, gold: str, tolerance: Tolerance = EXACT) -> bool | None
     order, each with one of its own. Everything else is math-verify's to say. Without a time limit: it runs in a worker
     process.
     """
-    if (same := same_answer(answer, gold)) is not None:
-        return same
     if not gold.strip():
         return None
+    if (same := same_answer(answer, gold)) or (same is False and not tolerance):
+        return same
     if max(len(answer), len(gold)) <= LONGEST_ANSWER:
         if same_text(answer, gold):
             return True

@@ -90,12 +90,12 @@ class AnswerChecker:
         """
         bounds = [EXACT] * len(pairs) if tolerances is None else tolerances
         tasks = [(*pair, tolerance) for pair, tolerance in zip(pairs, bounds, strict=True)]
-        verdicts = {task: self._judge_here(task[0], task[1]) for task in dict.fromkeys(tasks)}
+        verdicts = {task: self._judge_here(*task) for task in dict.fromkeys(tasks)}
         open_tasks = [task for task, verdict in verdicts.items() if verdict is None]
         verdicts.update(zip(open_tasks, self._judge_in_workers(open_tasks), strict=True))
         return [verdict for task in tasks if (verdict := verdicts[task]) is not None]
 
-    def _judge_here(self, response: str, gold: str) -> Verdict | None:
+    def _judge_here(self, response: str, gold: str, tolerance: Tolerance) -> Verdict | None:
         """The verdict that plain text gives beyond doubt, without a process."""
         if self._format.by_math_verify:
             boxed = last_boxed(response)
@@ -109,7 +109,7 @@ class AnswerChecker:
         if extracted is None:
             return Verdict(correct=False, status="no_answer", extracted="") if is_integer(gold) else None
         same = same_answer(extracted, gold)
-        if same is None:
+        if same is None or (tolerance and not same):
             return None
         return Verdict(correct=same, status="ok", extracted=extracted)
 

@@ -14,6 +14,8 @@ from padd_ds.errors import UserError
         ("boxed", r"unclosed \boxed{12", None),
         ("boxed", r"closed \boxed{3}, then unclosed \boxed{12", "3"),
         ("boxed", r"empty \boxed{}", None),
+        ("boxed", r"so $x = \boxed 9$.", "9"),
+        ("boxed", r"the \boxed answer is 9", None),
         ("hash", "worked\n#### 1,000 \nmore", "1,000"),
         ("hash", "no mark", None),
         ("tag", "<think> 3 </think> <answer> 4 </answer> done", "4"),

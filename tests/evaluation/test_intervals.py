@@ -35,3 +35,8 @@ def test_interval_of_a_mean_worked_by_hand():
 def test_interval_of_a_mean_stays_among_shares_and_needs_two():
     assert mean_interval([0.0, 1.0]) == (0.0, 1.0)
     assert mean_interval([0.5]) == (0.0, 1.0)
+
+
+def test_shares_that_are_all_alike_are_no_certainty():
+    assert mean_interval([0.0] * 5) == wilson_interval(0, 5)
+    assert mean_interval([1.0] * 5) == wilson_interval(5, 5)

@@ -76,6 +76,8 @@ def test_answers_agree_by_value(answer, gold, same):
     [
         ("1.98e-7", "2e-7", Tolerance(relative=0.01), True),
         ("1.97e-7", "2e-7", Tolerance(relative=0.01), False),
+        ("4080", "4100", Tolerance(relative=0.01), True),
+        ("4000", "4100", Tolerance(relative=0.01), False),
         ("0", "7.4e-12", Tolerance(relative=0.01), False),
         ("0.8776", "np.arcsin(10/13)", Tolerance(relative=0.01), True),
         ("0.33", r"\frac{1}{3}", Tolerance(relative=0.02), True),

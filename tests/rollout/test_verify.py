@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from padd_ds.data.answers import AnswerFormat
+from padd_ds.data.answers import AnswerFormat, Tolerance
 from padd_ds.rollout.verify import AnswerChecker
 
 BOXED = AnswerFormat(name="boxed")
@@ -74,6 +74,12 @@ def test_verdicts_come_in_the_order_of_the_pairs_whatever_decided_them(boxed):
     assert [verdict.extracted for verdict in verdicts] == ["4", r"\frac{8}{2}", "5", "4", "2^2", "x"]
 
 
+def test_each_pair_has_its_own_tolerance(auto, boxed):
+    pairs, tolerances = [(r"\boxed{99}", "100")] * 2, [Tolerance(), Tolerance(relative=0.01)]
+    for checker in (auto, boxed):
+        assert [verdict.correct for verdict in checker.check(pairs, tolerances)] == [False, True]
+
+
 def test_integers_need_no_process():
     before = children()
     with AnswerChecker(AnswerFormat(name="last_number")) as checker:
@@ -105,6 +111,36 @@ def test_a_huge_response_is_bounded_by_the_timeout(unit):
         verdict = checker.check([(response, "5")])[0]
         assert time.monotonic() - start < 30.0
     assert not verdict.correct
+
+
+@pytest.mark.slow
+def test_pathological_answers_cost_their_timeout_at_most():
+    pairs = [("", "5"), (r"$9^{9^{9^{9^{9}}}}$", "5"), (r"\boxed{" + r"\sqrt{" * 300 + "2" + "}" * 301, "5")]
+    with AnswerChecker(timeout_s=1.0) as checker:
+        checker.check([("\\boxed{2x}", "x + x")])  # start-up is not on the clock
+        start = time.monotonic()
+        verdicts = checker.check([*pairs, (r"\boxed{\frac{10}{2}}", "5")])
+        assert time.monotonic() - start < 60.0
+    assert [verdict.correct for verdict in verdicts] == [False, False, False, True]
+    assert verdicts[0].status == "no_answer"
+
+
+def test_a_comparison_that_raises_is_an_error_and_spares_its_worker(monkeypatch):
+    worker = """
+        from padd_ds.rollout import verify_worker
+
+        def compare(answer, *others):
+            return 1 // int(answer) == 1
+
+        verify_worker.compare = compare
+        verify_worker.main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(worker)]
+    with AnswerChecker(BOXED, command=command) as checker:
+        before = children()
+        verdicts = checker.check([(r"\boxed{0}", "x"), (r"\boxed{1}", "x")])
+        assert len(children() - before) == 1
+    assert [(verdict.status, verdict.correct) for verdict in verdicts] == [("error", False), ("ok", True)]
 
 
 def test_what_was_asked_of_a_worker_that_died_is_asked_again():
@@ -171,7 +207,7 @@ def test_workers_load_no_torch():
     script = """
         import sys
         from padd_ds.rollout.verify_worker import judge
-        from padd_ds.data.answers import AnswerFormat
+        from padd_ds.data.answers import AnswerFormat, Tolerance
         assert judge("$1/2$", "0.5", AnswerFormat())["correct"]
         print(sorted({"torch", "transformers", "deepspeed", "datasets"} & set(sys.modules)))
     """
