@@ -13,6 +13,7 @@ READY := $(VENV)/.ready
 # "torchrun --nproc_per_node 8 -m padd_ds.evaluate".
 DATA ?=
 MODEL ?=
+BEFORE ?=
 RESULTS ?= results
 EVAL_ARGS ?=
 LAUNCH ?= $(BIN)/padd-eval
@@ -32,7 +33,7 @@ STUDENT ?= repro/full/seed0/half/warmed-up/model
 TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-faults $(BENCHMARKS:%=eval-%) eval-all \
+.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-faults $(BENCHMARKS:%=eval-%) eval-all eval-routing \
     check-scorer bench-convert bench-joint bench-plan bench-parity \
     repro repro-quick repro-smollm2 clean
 
@@ -88,6 +89,12 @@ eval-all: $(READY)  ## MODEL=dir [DATA=folder]: all of these; finished ones are 
 	@for name in $(BENCHMARKS); do \
 	    if [ -e "$(call result,$$name)" ]; then echo "$$name: $(call result,$$name) is there already"; \
 	    else $(MAKE) --no-print-directory "eval-$$name"; fi; done
+
+eval-routing: $(READY)  ## MODEL=dir DATA=file [BEFORE=dir]: how its experts are chosen, by subject and layer, as JSON and a page
+	$(call need-model,routing)
+	@test -e "$(DATA)" || { echo "error: DATA must be a file of problems; EVAL_ARGS names its fields" >&2; exit 2; }
+	$(BIN)/padd-eval --model "$(MODEL)" --data "$(DATA)" --routing-analysis $(if $(BEFORE),--routing-before "$(BEFORE)") \
+	    --output "$(call result,routing)" $(EVAL_ARGS)
 
 check-scorer: $(READY)  ## DATA=folder: gold solutions of all benchmarks must score, wrong answers made of them must not
 	@test -d "$(DATA)" || { echo "error: DATA must be a folder with the benchmarks' files" >&2; exit 2; }

@@ -89,12 +89,12 @@ def distribution(label: str, key: str, edges: Sequence[float], counts: Sequence[
     return result.svg
 
 
-def expert_map(label: str, key: str, values_LE: np.ndarray, limit: float) -> str:
-    """Cells by layer and expert: orange above 0, blue below, full colour at +-limit."""
+def expert_map(label: str, key: str, values_LE: np.ndarray, limit: float, first_layer: int = 0) -> str:
+    """Cells by layer (the first of them on top) and expert: orange above 0, blue below, full colour at +-limit."""
     n_layers, n_experts = values_LE.shape
     with drawing(label, key, _map_height_px(n_layers)) as result:
         axes = result.axes
-        _cells(axes, values_LE / limit, (-0.5, n_experts - 0.5))
+        _cells(axes, values_LE / limit, (-0.5, n_experts - 0.5), first_row=first_layer)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=_STEPS, integer=True))
         axes.set_xlabel("expert", labelpad=2)
     return result.svg
@@ -187,12 +187,14 @@ def _widen_a_flat_axis(axes: Axes) -> None:
         axes.set_ylim(middle - least / 2, middle + least / 2)
 
 
-def _cells(axes: Axes, values: np.ndarray, columns: tuple[float, float], rows: str = "layer") -> None:
-    """An image with the first of `rows` on top; strength as opacity, so that the page's background is the neutral colour."""
+def _cells(
+    axes: Axes, values: np.ndarray, columns: tuple[float, float], rows: str = "layer", first_row: int = 0
+) -> None:
+    """An image with the first of `rows` on top; strength as opacity, so that the page's background is neutral."""
     n_rows = len(values)
     strength = np.nan_to_num(np.clip(np.abs(values), 0, 1))
     colours = np.where((values >= 0)[..., None], _ABOVE, _BELOW)
-    extent = (*columns, n_rows - 0.5, -0.5)
+    extent = (*columns, first_row + n_rows - 0.5, first_row - 0.5)
     axes.imshow(np.dstack([colours, strength]), aspect="auto", interpolation="none", extent=extent)
     axes.spines[:].set_visible(True)
     axes.spines[:].set_color(GRID)
