@@ -24,9 +24,7 @@ from padd_ds.launcher import launched_world
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.compare:
-        from padd_ds.evaluation.paired import compare_results
-
-        print(compare_results(*args.compare))
+        compare_results(args)
         return
     if args.check_overlap:
         check_overlap(args)
@@ -65,6 +63,28 @@ def _own_problems(args: argparse.Namespace) -> list[Problem]:
     return map_rows(rows, fields, args.data, "--{role}-field")
 
 
+def compare_results(args: argparse.Namespace) -> None:
+    """Print how results differ from the first on their questions; with --output, write a page, plots and tables too."""
+    from padd_ds.evaluation.comparison import compare, comparison_text
+
+    files = args.output and args.output.with_name(args.output.stem + "_files")
+    if args.output is not None:
+        if args.output.suffix != ".html":
+            raise UserError(f"--output {args.output} is for a page here; give it a name that ends in .html")
+        for path in (args.output, files):
+            check_output_free(path, args.overwrite)
+    comparisons = compare(args.compare)
+    print(comparison_text(comparisons))
+    if args.output is not None:
+        from padd_ds.report.comparison_files import write_comparison_files
+        from padd_ds.report.comparison_page import comparison_page
+
+        page = comparison_page(comparisons)
+        write_comparison_files(files, comparisons, args.overwrite)
+        write_text_whole(args.output, page)
+        print(f"written to {args.output} and {files}/")
+
+
 def check_overlap(args: argparse.Namespace) -> None:
     """Print which rows of --check-overlap hold questions of a benchmark; with --output, write them as JSON too."""
     from padd_ds.evaluation.overlap import find_overlaps, overlap_table
@@ -100,6 +120,7 @@ def run(
 ) -> None:
     """Load the model, measure, write the result file and print its headline."""
     # Here and not above: what the user got wrong is told before torch has taken seconds to load.
+    from padd_ds.evaluation.costs import model_facts
     from padd_ds.evaluation.generate import GenerationOptions, check_prompts
     from padd_ds.evaluation.results import Measured, table, write_result
     from padd_ds.evaluation.routing import find_routers
@@ -136,7 +157,7 @@ def run(
                 sampling = replace(options, generation=drawn, samples=samples)
                 measured.samples = evaluate_problems(model, tokenizer, problems, sampling, kept)
         if share.rank == 0:
-            write_result(args.output, settings, measured)
+            write_result(args.output, settings, model_facts(model), measured)
             print(f"{args.model}\n{table(measured)}\nwritten to {args.output}")
 
 

@@ -20,7 +20,7 @@ EPILOG = """examples:
   padd-eval --model DIR --benchmark aime24 --samples 32 --temperature 0.6 --output results/aime24.json
   torchrun --nproc_per_node 8 -m padd_ds.evaluate --model DIR --benchmark math500 --output results/math500.json
   padd-eval --model DIR --benchmark math500 --data-dir data --routing-analysis --output results/routing.json
-  padd-eval --compare results/before.json results/after.json
+  padd-eval --compare results/teacher.json results/student.json --output results/report.html
   padd-eval --check-overlap train.jsonl --data-dir data
 After an interruption the same command goes on where it was, on any number of ranks. docs/evaluation.md tells more."""
 
@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="padd-eval", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", metavar="DIR", help="checkpoint folder or hub id")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="result file to write (JSON)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write: JSON, or a page for --compare")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a result file, or what another evaluation left unfinished"
     )
@@ -40,7 +40,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="no model: list the rows of this training data that hold questions of --benchmark, or of all benchmarks",
     )
     parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar="RESULT", help="no model: the second result beside the first, paired"
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar="RESULT",
+        help="no model: results beside the first, question by question; with --output, as an HTML page",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     add_problem_options(parser)

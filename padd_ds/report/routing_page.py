@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from padd_ds.report.html import document, figure, legend, scale, table
+from padd_ds.report.html import document, figure, folded, legend, scale, table
 from padd_ds.report.numbers import MINUS, TIMES, readable
 from padd_ds.report.panels import EXCESS
 from padd_ds.report.plots import curves, distribution, expert_map, pair_map
@@ -266,11 +266,8 @@ def _layer_table(routing: Values) -> str:
 
 def _facts(document_: Values) -> str:
     """Settings and versions, folded."""
-    folded = [
-        f"<details><summary>{name.capitalize()}</summary><pre>{escape(_indented(document_[name]))}</pre></details>"
-        for name in ("settings", "versions")
-    ]
-    return f"<section><h2>Settings</h2>\n{''.join(folded)}</section>"
+    parts = [folded(name.capitalize(), _indented(document_[name])) for name in ("settings", "versions")]
+    return f"<section><h2>Settings</h2>\n{''.join(parts)}</section>"
 
 
 def _indented(values: Values) -> str:

@@ -1,0 +1,84 @@
+"""The plots of a comparison, each drawn into axes for the page and for a file of its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from padd_ds.report.numbers import readable, scaled
+from padd_ds.report.svg import Palette
+
+Draw = Callable[[Axes, Palette], None]
+GROUP_PX, BASE_PX = 22, 60
+_LOG_FROM = 10
+"""Where the largest cost is this many times the smallest, its axis is logarithmic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One model; quality and its interval in per cent."""
+
+    name: str
+    cost: float
+    quality: float
+    low: float
+    high: float
+
+
+def quality_over_cost(points: Sequence[Point], cost: str) -> Draw:
+    """Quality with its interval over `cost`, the first point (the teacher, say) in the second colour."""
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        for place, point in enumerate(points):
+            colour = palette.series[1 if place == 0 else 0]
+            error = [[point.quality - point.low], [point.high - point.quality]]
+            axes.errorbar([point.cost], [point.quality], yerr=error, fmt="o", color=colour, markersize=5, linewidth=1.4)
+            left = point.cost > sum(one.cost for one in points) / len(points)
+            axes.annotate(
+                _plain(point.name),
+                (point.cost, point.quality),
+                xytext=(-6 if left else 6, 4),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=8.5,
+            )
+        costs = [point.cost for point in points]
+        if max(costs) > _LOG_FROM * min(costs) > 0:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.margins(x=0.25)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scaled(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: readable(value, 4)))
+        axes.set_xlabel(cost, labelpad=2)
+        axes.set_ylabel("Pass@1, %")
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+
+    return draw
+
+
+def quality_by_group(shares: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Draw:
+    """A row of dots per group: per cent of right responses of each of `names`, which follow the series' colours."""
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        for place, name in enumerate(names):
+            rows = [(row, group[name]) for row, group in enumerate(shares.values()) if name in group]
+            heights = [row + 0.16 * (place - (len(names) - 1) / 2) for row, _ in rows]
+            axes.plot([share for _, share in rows], heights, "o", color=palette.series[place], markersize=4.5)
+        axes.set_yticks(range(len(shares)), [_plain(group) for group in shares])
+        axes.tick_params(axis="y", labelsize=8)
+        axes.set_ylim(len(shares) - 0.5, -0.5)
+        axes.set_xlim(-2, 102)
+        axes.set_xlabel("right, %", labelpad=2)
+        axes.grid(axis="x")
+        axes.set_axisbelow(True)
+
+    return draw
+
+
+def _plain(text: str) -> str:
+    """Without what matplotlib would take for a formula."""
+    return text.replace("$", r"\$")
