@@ -13,7 +13,7 @@ from padd_ds.report.html import NO_DATA, cut, document, figure, folded, legend, 
 from padd_ds.report.numbers import MINUS, readable, scaled
 from padd_ds.report.svg import PAGE, SERIES, drawing
 
-UNKNOWN, MAX_QUESTIONS, MAX_GROUPS = "-", 5, 30
+UNKNOWN, MAX_QUESTIONS, MAX_GROUPS, MAX_CELL = "-", 5, 30, 80
 COSTS = {
     "active_parameters": "active parameters",
     "total_parameters": "parameters",
@@ -218,9 +218,8 @@ def _response(member: Compared, row: Mapping[str, Any] | None) -> str:
 def _differing(values: Sequence[Mapping[str, str]], members: Sequence[Compared]) -> str:
     """A row per key whose values differ; absent ones are the defaults."""
     keys = sorted({key for one in values for key in one})
-    rows = [
-        [key, *(one.get(key, UNKNOWN) for one in values)] for key in keys if len({one.get(key) for one in values}) > 1
-    ]
+    differing = [key for key in keys if len({one.get(key) for one in values}) > 1]
+    rows = [[key, *(cut(one.get(key, UNKNOWN), MAX_CELL) for one in values)] for key in differing]
     if not rows:
         return '<p class="hint">nothing</p>' if keys else NO_DATA
     return table(["", *(one.name for one in members)], rows)
@@ -237,7 +236,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            found[prefix + key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return found
 
 

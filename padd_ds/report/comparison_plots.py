@@ -10,7 +10,8 @@ from padd_ds.report.numbers import readable, scaled
 from padd_ds.report.svg import Palette
 
 Draw = Callable[[Axes, Palette], None]
-GROUP_PX, BASE_PX = 22, 60
+GROUP_PX, BASE_PX = 32, 60
+_MAX_NAME = 30
 _LOG_FROM = 10
 """Where the largest cost is this many times the smallest, its axis is logarithmic."""
 
@@ -34,22 +35,14 @@ def quality_over_cost(points: Sequence[Point], cost: str) -> Draw:
             colour = palette.series[1 if place == 0 else 0]
             error = [[point.quality - point.low], [point.high - point.quality]]
             axes.errorbar([point.cost], [point.quality], yerr=error, fmt="o", color=colour, markersize=5, linewidth=1.4)
-            left = point.cost > sum(one.cost for one in points) / len(points)
-            axes.annotate(
-                _plain(point.name),
-                (point.cost, point.quality),
-                xytext=(-6 if left else 6, 4),
-                textcoords="offset points",
-                ha="right" if left else "left",
-                fontsize=8.5,
-            )
+        _label(axes, points)
         costs = [point.cost for point in points]
         if max(costs) > _LOG_FROM * min(costs) > 0:
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
-        axes.margins(x=0.25)
+        axes.margins(x=0.25, y=0.2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scaled(value)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: readable(value, 4)))
         axes.set_xlabel(cost, labelpad=2)
@@ -66,11 +59,19 @@ def quality_by_group(shares: Mapping[str, Mapping[str, float]], names: Sequence[
     def draw(axes: Axes, palette: Palette) -> None:
         for place, name in enumerate(names):
             rows = [(row, group[name]) for row, group in enumerate(shares.values()) if name in group]
-            heights = [row + 0.16 * (place - (len(names) - 1) / 2) for row, _ in rows]
-            axes.plot([share for _, share in rows], heights, "o", color=palette.series[place], markersize=4.5)
-        axes.set_yticks(range(len(shares)), [_plain(group) for group in shares])
-        axes.tick_params(axis="y", labelsize=8)
-        axes.set_ylim(len(shares) - 0.5, -0.5)
+            heights = [row + 0.1 * (place - (len(names) - 1) / 2) for row, _ in rows]
+            axes.plot(
+                [share for _, share in rows],
+                heights,
+                "o",
+                color=palette.series[place],
+                markersize=4.5,
+                label=_plain(name),
+            )
+        for row, group in enumerate(shares):
+            axes.annotate(_plain(group), (0, row - 0.42), va="center", fontsize=8.5)
+        axes.set_yticks([])
+        axes.set_ylim(len(shares) - 0.5, -0.75)
         axes.set_xlim(-2, 102)
         axes.set_xlabel("right, %", labelpad=2)
         axes.grid(axis="x")
@@ -79,6 +80,23 @@ def quality_by_group(shares: Mapping[str, Mapping[str, float]], names: Sequence[
     return draw
 
 
+def _label(axes: Axes, points: Sequence[Point]) -> None:
+    """Names above and below the intervals by turns, farther off every other time, so that neighbours stay apart."""
+    middle = sum(point.cost for point in points) / len(points)
+    for place, point in enumerate(sorted(points, key=lambda one: one.cost)):
+        above, farther = place % 2 == 0, place % 4 > 1
+        offset = 14 if farther else 4
+        axes.annotate(
+            _plain(point.name),
+            (point.cost, point.high if above else point.low),
+            xytext=(0, offset if above else -offset),
+            textcoords="offset points",
+            ha="right" if point.cost > middle else "left",
+            va="bottom" if above else "top",
+            fontsize=8.5,
+        )
+
+
 def _plain(text: str) -> str:
-    """Without what matplotlib would take for a formula."""
-    return text.replace("$", r"\$")
+    """Cut, and without what matplotlib would take for a formula."""
+    return (text if len(text) <= _MAX_NAME else text[: _MAX_NAME - 1] + "…").replace("$", r"\$")

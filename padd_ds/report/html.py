@@ -62,10 +62,10 @@ def figure(title: str, unit: str, key: str, drawing: str, caption: str) -> str:
     return f"<figure>{heading}<div>{key}</div>{drawing}{caption}</figure>"
 
 
-def cut(text: str) -> str:
-    """The first MAX_CHARACTERS of a text, and how many are left out."""
-    left_out = len(text) - MAX_CHARACTERS
-    return text if left_out <= 0 else f"{text[:MAX_CHARACTERS]} … ({left_out} more characters)"
+def cut(text: str, most: int = MAX_CHARACTERS) -> str:
+    """The first `most` characters of a text, and how many are left out."""
+    left_out = len(text) - most
+    return text if left_out <= 0 else f"{text[:most]} … ({left_out} more characters)"
 
 
 def folded(name: str, text: str | None) -> str:

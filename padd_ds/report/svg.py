@@ -89,12 +89,15 @@ def drawing(label: str, key: str, height_px: int = _HEIGHT_PX) -> Iterator[Drawi
 
 
 def save_plot(path: Path, draw: Callable[[Axes, Palette], None], height_px: int = _HEIGHT_PX) -> None:
-    """Write what `draw` draws into empty axes as `path`.svg and `path`.png, on white."""
+    """Write what `draw` draws into empty axes as `path`.svg and `path`.png, on white, with a legend."""
     with matplotlib.rc_context({**_settings(PRINT), "svg.hashsalt": path.name}):
         figure = _figure(height_px)
-        draw(figure.axes[0], PRINT)
-        figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None})
-        figure.savefig(path.with_name(path.name + ".png"), dpi=_PNG_DPI)
+        axes = figure.axes[0]
+        draw(axes, PRINT)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8.5, frameon=False)
+        figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(path.with_name(path.name + ".png"), dpi=_PNG_DPI, bbox_inches="tight")
 
 
 def _figure(height_px: int) -> Figure:
