@@ -34,7 +34,7 @@ TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
 .PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-faults $(BENCHMARKS:%=eval-%) eval-all eval-routing \
-    check-scorer bench-convert bench-joint bench-plan bench-parity \
+    check-scorer bench-convert bench-infer bench-joint bench-plan bench-parity \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
@@ -128,6 +128,11 @@ bench-plan: $(READY)  ## what padd-plan says beside real ranks: memory and commu
 
 bench-parity: $(READY)  ## losses and gradients of every layout of a small run, beside one process
 	$(BIN)/python tools/bench_parity.py --folder bench/parity
+
+bench-infer: $(READY)  ## STUDENT=dir TEACHER=dir: prefill and decoding of the student beside its teacher, by batch size
+	@test -d "$(STUDENT)" -a -d "$(TEACHER)" || { echo "error: $(STUDENT) or $(TEACHER) is missing; set STUDENT and" \
+	    "TEACHER" >&2; exit 2; }
+	$(BIN)/python tools/bench_infer.py --student "$(STUDENT)" --teacher "$(TEACHER)" $(EVAL_ARGS)
 
 repro: $(READY)  ## the whole experiment, hours on two cores, resumable: results/full/, docs/results.md
 	$(BIN)/python tools/repro.py --scale full

@@ -144,7 +144,7 @@ def _panels(comparison: Comparison, place: int) -> list[str]:
         with drawing(title, f"set-{place}/{key}", *([height] if height else [])) as result:
             draw(result.axes, PAGE)
         if key.startswith("quality"):
-            caption = f"Bars: 95 % intervals. In the other colour: {first} ({comparison.role})."
+            caption = f"Bars: 95 % intervals. Square: {first} ({comparison.role})."
             parts.append(figure(title, "of greedy responses", "", result.svg, caption))
         else:
             names = legend([(one.name, "") for one in comparison.members[: len(SERIES)]])
