@@ -189,7 +189,7 @@ def _questions(comparison: Comparison) -> str:
     for title, places in ((f"Worst questions beside {first}", lost), (f"Best questions beside {first}", won)):
         parts.append(f"<h3>{escape(title)}</h3>")
         shown = [_question(comparison, responses, place) for place in places]
-        parts.append("\n".join(filter(None, shown)) or NO_DATA)
+        parts.append("\n".join(filter(None, shown)) or (NO_DATA if places else '<p class="hint">none</p>'))
     return "\n".join(parts)
 
 
