@@ -13,6 +13,7 @@ READY := $(VENV)/.ready
 # "torchrun --nproc_per_node 8 -m padd_ds.evaluate".
 DATA ?=
 MODEL ?=
+BEFORE ?=
 RESULTS ?= results
 EVAL_ARGS ?=
 LAUNCH ?= $(BIN)/padd-eval
@@ -35,8 +36,8 @@ STUDENT ?= repro/full/seed0/half/warmed-up/model
 TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-gpu test-faults $(BENCHMARKS:%=eval-%) eval-all \
-    check-scorer bench-convert bench-joint bench-plan bench-train bench-parity bench-scaling \
+.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-gpu test-faults $(BENCHMARKS:%=eval-%) eval-all eval-routing \
+    check-scorer bench-convert bench-infer bench-joint bench-plan bench-train bench-parity bench-scaling \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
@@ -95,6 +96,12 @@ eval-all: $(READY)  ## MODEL=dir [DATA=folder]: all of these; finished ones are 
 	    if [ -e "$(call result,$$name)" ]; then echo "$$name: $(call result,$$name) is there already"; \
 	    else $(MAKE) --no-print-directory "eval-$$name"; fi; done
 
+eval-routing: $(READY)  ## MODEL=dir DATA=file [BEFORE=dir]: how its experts are chosen, by subject and layer, as JSON and a page
+	$(call need-model,routing)
+	@test -e "$(DATA)" || { echo "error: DATA must be a file of problems; EVAL_ARGS names its fields" >&2; exit 2; }
+	$(BIN)/padd-eval --model "$(MODEL)" --data "$(DATA)" --routing-analysis $(if $(BEFORE),--routing-before "$(BEFORE)") \
+	    --output "$(call result,routing)" $(EVAL_ARGS)
+
 check-scorer: $(READY)  ## DATA=folder: gold solutions of all benchmarks must score, wrong answers made of them must not
 	@test -d "$(DATA)" || { echo "error: DATA must be a folder with the benchmarks' files" >&2; exit 2; }
 	$(BIN)/python tools/check_scorer.py --data "$(DATA)"
@@ -133,6 +140,11 @@ bench-parity: $(READY)  ## losses and gradients of every layout of a small run, 
 
 bench-scaling: $(READY)  ## tokens per second and bytes per token of 1 to 4 CPU ranks with the same work each
 	$(BIN)/python tools/bench_scaling.py --folder bench/scaling
+
+bench-infer: $(READY)  ## STUDENT=dir TEACHER=dir: prefill and decoding of the student beside its teacher, by batch size
+	@test -d "$(STUDENT)" -a -d "$(TEACHER)" || { echo "error: $(STUDENT) or $(TEACHER) is missing; set STUDENT and" \
+	    "TEACHER" >&2; exit 2; }
+	$(BIN)/python tools/bench_infer.py --student "$(STUDENT)" --teacher "$(TEACHER)" $(EVAL_ARGS)
 
 repro: $(READY)  ## the whole experiment, hours on two cores, resumable: results/full/, docs/results.md
 	$(BIN)/python tools/repro.py --scale full

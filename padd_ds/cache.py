@@ -8,7 +8,8 @@ from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import resolve_template
 from padd_ds.data.split import split_problems
 from padd_ds.errors import UserError, run_cli
-from padd_ds.evaluate import add_problem_options, add_prompt_options, chat_template, check_at_least, read_problems
+from padd_ds.evaluate import chat_template, read_problems
+from padd_ds.evaluation.arguments import add_problem_options, add_prompt_options, check_at_least
 from padd_ds.files import check_output_free
 
 EPILOG = """examples:

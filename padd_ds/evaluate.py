@@ -1,127 +1,30 @@
-"""padd-eval: Pass@1 on checkable problems, and perplexity on a text, of any causal language model folder."""
+"""padd-eval: Pass@1 on checkable problems, perplexity on a text, and routing, of any causal language model folder."""
 
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from padd_ds.data.answers import ANSWER_FORMATS, AnswerFormat
-from padd_ds.data.problems import GOLD_FORMATS, FieldMap, Problem, map_rows
-from padd_ds.data.prompts import TEMPLATES, PromptTemplate, render, resolve_template
+from padd_ds.data.answers import AnswerFormat
+from padd_ds.data.problems import FieldMap, Problem, map_rows
+from padd_ds.data.prompts import PromptTemplate, render, resolve_template
 from padd_ds.data.sources import read_rows
 from padd_ds.errors import UserError, run_cli
+from padd_ds.evaluation.arguments import check_arguments, parse_args
 from padd_ds.evaluation.benchmarks import BENCHMARKS, load_benchmark
-from padd_ds.evaluation.kept import KeptResponses, Share, open_work, responses_file, work_folder
+from padd_ds.evaluation.kept import KeptResponses, Share, open_work
 from padd_ds.files import check_output_free, write_text_whole
 from padd_ds.launcher import launched_world
-
-DTYPE_NAMES = ("float32", "bfloat16", "float16")
-EPILOG = """examples:
-  padd-eval --model DIR --benchmark math500 --data-dir data --output results/math500.json
-  padd-eval --model DIR --benchmark aime24 --samples 32 --temperature 0.6 --output results/aime24.json
-  torchrun --nproc_per_node 8 -m padd_ds.evaluate --model DIR --benchmark math500 --output results/math500.json
-  padd-eval --compare results/before.json results/after.json
-  padd-eval --check-overlap train.jsonl --data-dir data
-After an interruption the same command goes on where it was, on any number of ranks. docs/evaluation.md tells more."""
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="padd-eval", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", metavar="DIR", help="checkpoint folder or hub id")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="result file to write (JSON)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a result file, or what another evaluation left unfinished"
-    )
-    parser.add_argument(
-        "--check-overlap",
-        metavar="FILE",
-        help="no model: list the rows of this training data that hold questions of --benchmark, or of all benchmarks",
-    )
-    parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar="RESULT", help="no model: the second result beside the first, paired"
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    add_problem_options(parser)
-    add_prompt_options(parser)
-    text = parser.add_argument_group("perplexity")
-    text.add_argument("--perplexity", type=Path, metavar="TEXTFILE", help="plain text to measure it on")
-    text.add_argument("--window", type=int, default=256, help="tokens per window (default %(default)s)")
-    text.add_argument("--max-windows", type=int, help="windows to use (default: all)")
-    routing = parser.add_argument_group("routing of a student")
-    routing.add_argument(
-        "--routing",
-        action="store_true",
-        help="load, NMI and ESI by subject on the problems' solutions (needs --solution-field)",
-    )
-    routing.add_argument("--routing-before", metavar="DIR", help="checkpoint to measure the router's shift from")
-    run = parser.add_argument_group("run")
-    run.add_argument("--batch-size", type=int, default=32, help="problems at once (default %(default)s)")
-    run.add_argument("--dtype", choices=DTYPE_NAMES, help="default: float32 on cpu, bfloat16 elsewhere")
-    run.add_argument("--device", help="such as cpu or cuda:1 (default: an accelerator if there is one)")
-    run.add_argument("--check-workers", type=int, default=1, help="answer checking processes")
-    run.add_argument("--check-timeout", type=float, default=5.0, metavar="SECONDS", help="for one answer")
-    run.add_argument("--seed", type=int, default=0, help="of what --samples draws")
-    return parser.parse_args(argv)
-
-
-def add_problem_options(parser: argparse.ArgumentParser) -> None:
-    """Which problems; read by `read_problems`."""
-    problems = parser.add_argument_group("problems")
-    source = problems.add_mutually_exclusive_group()
-    source.add_argument("--benchmark", choices=BENCHMARKS, help="a public benchmark")
-    source.add_argument("--data", metavar="FILE", help="your own: JSONL, JSON, parquet, a folder, a hub name")
-    problems.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with benchmark files")
-    problems.add_argument("--split", help="split of --data")
-    problems.add_argument("--question-field", default="question", metavar="NAME")
-    problems.add_argument("--answer-field", default="answer", metavar="NAME")
-    problems.add_argument("--subject-field", metavar="NAME", help="report Pass@1 by this field too")
-    problems.add_argument("--level-field", metavar="NAME", help="and by this one")
-    problems.add_argument("--solution-field", metavar="NAME", help="measure the perplexity of these texts too")
-    problems.add_argument("--gold-format", choices=GOLD_FORMATS, default="plain", help="how rows hold it")
-    problems.add_argument("--limit", type=int, metavar="N", help="the first N problems only")
-
-
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """How they are put, and answers found."""
-    prompts = parser.add_argument_group("prompts and answers")
-    prompts.add_argument(
-        "--template",
-        metavar="NAME_OR_TEXT",
-        help=f"{', '.join(TEMPLATES)}, or text with {{question}} (default: chat-boxed or boxed)",
-    )
-    prompts.add_argument("--chat", action="store_true", help="put --template in the model's chat template")
-    prompts.add_argument("--answer-format", choices=ANSWER_FORMATS, default="auto", help="default: %(default)s")
-    prompts.add_argument("--pattern", metavar="REGEX", help="one group, whose last match is the answer")
-    prompts.add_argument(
-        "--tolerance",
-        type=float,
-        metavar="SHARE",
-        help="of the gold answer, by which a number may miss it (default: the benchmark's, 0.01 for minerva, else 0)",
-    )
-    prompts.add_argument("--max-new-tokens", type=int, default=512, help="per response (default %(default)s)")
-    prompts.add_argument(
-        "--samples",
-        type=int,
-        metavar="N",
-        help="beside the greedy response, draw N for Avg@N and Pass@k (default: 32 for aime24, else 0)",
-    )
-    prompts.add_argument("--temperature", type=float, default=1.0, help="of --samples (default %(default)s)")
-    prompts.add_argument("--top-p", type=float, default=1.0, help="of --samples (default %(default)s)")
-    prompts.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.compare:
-        from padd_ds.evaluation.paired import compare_results
-
-        print(compare_results(*args.compare))
+        compare_results(args)
         return
     if args.check_overlap:
         check_overlap(args)
@@ -130,46 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     answer_format = AnswerFormat(name=args.answer_format, pattern=args.pattern)
     template = chat_template(args.template, args.chat) if args.template else None
     problems = read_problems(args)
+    if args.routing_analysis:
+        analyse(args, problems, template)
+        return
     text = read_text(args.perplexity) if args.perplexity else None
     run(args, problems, template, answer_format, text)
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what can be refused without reading anything."""
-    for name in ("model", "output"):
-        if getattr(args, name) is None:
-            raise UserError(f"--{name} is missing; padd-eval --help tells what it is")
-    check_output_free(args.output, args.overwrite)
-    if not work_folder(args.output).exists():
-        check_output_free(responses_file(args.output), args.overwrite)
-    if args.output.is_dir():
-        raise UserError(f"--output {args.output} is a folder; name a file")
-    if not (args.benchmark or args.data or args.perplexity):
-        raise UserError("nothing to evaluate; give --benchmark, --data or --perplexity")
-    if args.data_dir and not args.benchmark:
-        raise UserError("--data-dir goes with --benchmark; a file of your own is named by --data")
-    if args.samples and not (args.benchmark or args.data):
-        raise UserError("--samples goes with --benchmark or --data")
-    if args.routing and not args.solution_field:
-        raise UserError("--routing follows worked solutions; name their field by --solution-field")
-    if args.routing_before and not args.routing:
-        raise UserError("--routing-before goes with --routing")
-    if args.chat and not args.template:
-        raise UserError("--chat goes with --template")
-    counts = ("limit", "max_windows", "batch_size", "max_new_tokens", "check_workers")
-    check_at_least(args, dict.fromkeys(counts, 1) | {"window": 2, "samples": 0, "tolerance": 0})
-    if args.temperature <= 0:
-        raise UserError(f"--temperature {args.temperature} must be above 0; the greedy response is always made")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
-
-
-def check_at_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:
-    """UserError for the first of these options that is given and below its bound."""
-    for name, bound in least.items():
-        value = getattr(args, name)
-        if value is not None and value < bound:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {bound}")
 
 
 def read_problems(args: argparse.Namespace) -> list[Problem]:
@@ -193,6 +61,28 @@ def _own_problems(args: argparse.Namespace) -> list[Problem]:
     )
     rows = read_rows(args.data, args.split)[: args.limit]
     return map_rows(rows, fields, args.data, "--{role}-field")
+
+
+def compare_results(args: argparse.Namespace) -> None:
+    """Print how results differ from the first on their questions; with --output, write a page, plots and tables too."""
+    from padd_ds.evaluation.comparison import compare, comparison_text
+
+    files = args.output and args.output.with_name(args.output.stem + "_files")
+    if args.output is not None:
+        if args.output.suffix != ".html":
+            raise UserError(f"--output {args.output} is for a page here; give it a name that ends in .html")
+        for path in (args.output, files):
+            check_output_free(path, args.overwrite)
+    comparisons = compare(args.compare)
+    print(comparison_text(comparisons))
+    if args.output is not None:
+        from padd_ds.report.comparison_files import write_comparison_files
+        from padd_ds.report.comparison_page import comparison_page
+
+        page = comparison_page(comparisons)
+        write_comparison_files(files, comparisons, args.overwrite)
+        write_text_whole(args.output, page)
+        print(f"written to {args.output} and {files}/")
 
 
 def check_overlap(args: argparse.Namespace) -> None:
@@ -230,6 +120,7 @@ def run(
 ) -> None:
     """Load the model, measure, write the result file and print its headline."""
     # Here and not above: what the user got wrong is told before torch has taken seconds to load.
+    from padd_ds.evaluation.costs import model_facts
     from padd_ds.evaluation.generate import GenerationOptions, check_prompts
     from padd_ds.evaluation.results import Measured, table, write_result
     from padd_ds.evaluation.routing import find_routers
@@ -266,7 +157,7 @@ def run(
                 sampling = replace(options, generation=drawn, samples=samples)
                 measured.samples = evaluate_problems(model, tokenizer, problems, sampling, kept)
         if share.rank == 0:
-            write_result(args.output, settings, measured)
+            write_result(args.output, settings, model_facts(model), measured)
             print(f"{args.model}\n{table(measured)}\nwritten to {args.output}")
 
 
@@ -294,6 +185,46 @@ def measure_texts(
         before = load_causal_lm(args.routing_before, model.dtype).to(model.device) if args.routing_before else None
         subjects = [problem.subject for problem in problems]
         measured.routing = measure_routing(model, tokenizer, prompts, solutions, subjects, before)
+
+
+def analyse(args: argparse.Namespace, problems: list[Problem], template: PromptTemplate | None) -> None:
+    """Write the routing of the problems with their solutions to the output, and a page beside it."""
+    from padd_ds.evaluation.results import package_versions
+    from padd_ds.evaluation.routers import find_routers
+    from padd_ds.evaluation.routing import Text
+    from padd_ds.evaluation.routing_analysis import analyse_routing
+    from padd_ds.hf import load_causal_lm
+    from padd_ds.report.routing_page import routing_page, routing_summary
+
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    find_routers(model)
+    template = template or resolve_template("chat-boxed" if tokenizer.chat_template else "boxed")
+    text = Text(
+        prompts=[render(template, problem, tokenizer) for problem in problems],
+        solutions=[problem.solution or "" for problem in problems],
+        subjects=[problem.subject for problem in problems],
+    )
+    before = load_causal_lm(args.routing_before, model.dtype).to(model.device) if args.routing_before else None
+    clusters = teacher_clusters(args, model) if args.routing_teacher else None
+    routing = analyse_routing(model, tokenizer, text, before, clusters, args.batch_size, args.seed)
+    settings = _settings(args, template, AnswerFormat(), model, problems)
+    document = {"settings": settings, "versions": package_versions(), "routing": routing}
+    page = args.output.with_suffix(".html")
+    write_text_whole(page, routing_page(document))
+    write_text_whole(args.output, json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+    print(f"{args.model}\n{routing_summary(routing)}\nwritten to {args.output} and {page}")
+
+
+def teacher_clusters(args: argparse.Namespace, model: Any) -> Any:
+    """The teacher with the clusters that the student's experts were cut from."""
+    from padd_ds.conversion.targets import load_targets
+    from padd_ds.evaluation.clusters import TeacherClusters
+    from padd_ds.evaluation.routers import find_routers
+    from padd_ds.hf import load_causal_lm
+
+    targets, routers = load_targets(Path(args.routing_targets or args.model)), find_routers(model)
+    teacher = load_causal_lm(args.routing_teacher, model.dtype).to(model.device)
+    return TeacherClusters(teacher=teacher, targets=targets, n_layers=len(routers), n_experts=routers[0].n_experts)
 
 
 @contextmanager

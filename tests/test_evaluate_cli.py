@@ -167,6 +167,21 @@ def test_ranks_write_one_result(model, files):
     assert not (files / ".out.json.partial").exists()
 
 
+def test_routing_analysis_writes_numbers_and_a_page(model, files, capsys):
+    rows = [{"q": f"{n} + 1", "a": n + 1, "kind": "<sum>" if n % 2 else "other"} for n in range(6)]
+    (files / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--routing-analysis", "--subject-field", "kind", "--solution-field", "a", "--device", "cpu"]
+    evaluate.main([*arguments(model, files, *options), "--routing-before", str(model)])
+    routing = json.loads((files / "out.json").read_text())["routing"]
+    assert routing["subjects"] == {"other": 3, "<sum>": 3}
+    assert routing["headline"]["shift"] == 0.0 and routing["shift"]["flips_by_layer"] == [0.0, 0.0]
+    assert 0 <= routing["specialisation"]["nmi"]["value"] <= 1
+    html = (files / "out.html").read_text()
+    assert "&lt;sum&gt;" in html and "<sum>" not in html
+    assert "NMI of expert and subject" in capsys.readouterr().out
+    assert sorted(path.name for path in files.glob("*out*")) == ["out.html", "out.json"]
+
+
 def test_overlap_of_training_data_needs_no_model(files, capsys):
     asked = "How many of the nineteen apples are left when Tom has eaten four and Ann has eaten seven?"
     (files / "gsm8k_test.jsonl").write_text(json.dumps({"question": asked, "answer": "#### 8"}) + "\n")
@@ -203,6 +218,12 @@ def test_overlap_of_training_data_needs_no_model(files, capsys):
         (["--model", "{files}/none"], "no such folder"),
         (["--max-new-tokens", "4000"], "positions"),
         (["--perplexity", "{files}/text.txt", "--window", "5000"], "less than one window"),
+        (["--routing-before", "{files}"], "goes with --routing or --routing-analysis"),
+        (["--routing-teacher", "{files}"], "goes with --routing-analysis"),
+        (["--routing-targets", "{files}"], "goes with --routing-teacher"),
+        (["--routing-analysis", "--samples", "2"], "leave out --samples"),
+        (["--routing-analysis", "--output", "{files}/page.html"], "is for the numbers"),
+        (["--routing-analysis", "--routing-teacher", "{files}"], r"padd_targets\.safetensors: no such file"),
     ],
 )
 def test_mistakes_are_told_and_leave_nothing(model, files, more, message):

@@ -30,8 +30,8 @@ class Measured:
     """On the problems' solutions."""
 
 
-def write_result(path: Path, settings: dict[str, Any], measured: Measured) -> None:
-    """Write headline numbers, settings, versions and every verdict to `path`, whole or not at all.
+def write_result(path: Path, settings: dict[str, Any], model: dict[str, Any], measured: Measured) -> None:
+    """Write headline numbers, settings, versions, `model_facts` and every verdict to `path`, whole or not at all.
 
     The responses themselves go beside it, into `responses_file(path)`, before.
     """
@@ -43,6 +43,7 @@ def write_result(path: Path, settings: dict[str, Any], measured: Measured) -> No
     document = {
         "headline": headline(measured),
         "settings": settings,
+        "model": model,
         "versions": package_versions(),
         "responses_file": responses_file(path).name if responses else None,
         "responses": _verdicts(measured.problems),

@@ -7,6 +7,8 @@ from padd_ds.report.style import STYLE
 
 # Nothing may be loaded or run, whatever a response contains.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+MAX_CHARACTERS = 2000
+"""Of a text that a model or a data set gives."""
 NO_DATA = '<p class="no-data">no data</p>'
 
 
@@ -58,3 +60,15 @@ def figure(title: str, unit: str, key: str, drawing: str, caption: str) -> str:
     heading = f"<h4>{escape(title)} <small>{escape(unit)}</small></h4>"
     caption = f"<figcaption>{escape(caption.strip())}</figcaption>"
     return f"<figure>{heading}<div>{key}</div>{drawing}{caption}</figure>"
+
+
+def cut(text: str, most: int = MAX_CHARACTERS) -> str:
+    """The first `most` characters of a text, and how many are left out."""
+    left_out = len(text) - most
+    return text if left_out <= 0 else f"{text[:most]} … ({left_out} more characters)"
+
+
+def folded(name: str, text: str | None) -> str:
+    """A text that opens at a click."""
+    content = NO_DATA if text is None else f"<pre>{escape(text)}</pre>"
+    return f"<details><summary>{escape(name)}</summary>{content}</details>"

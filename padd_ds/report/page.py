@@ -7,7 +7,7 @@ from typing import Any
 
 from padd_ds.errors import UserError
 from padd_ds.files import write_text_whole
-from padd_ds.report.html import NO_DATA, document
+from padd_ds.report.html import NO_DATA, cut, document, folded
 from padd_ds.report.numbers import readable
 from padd_ds.report.panels import PHASES, training_panels
 from padd_ds.report.routing_panels import routing_panels
@@ -15,7 +15,6 @@ from padd_ds.report.source import RunData, read_run
 from padd_ds.report.tables import TableRow, html_table
 
 MAX_SAMPLES_PER_STEP = 4
-MAX_SAMPLE_CHARACTERS = 2000
 _HINT = (
     "Thin lines: single steps, or means of neighbouring ones in a long run. Thick lines: running mean. "
     "Beside a name: mean of the first tenth of the steps → mean of the last tenth."
@@ -67,8 +66,8 @@ def _run_section(run: RunData, index: int) -> str:
 <h3>Responses</h3>
 {_responses(run.samples)}
 <h3>Settings</h3>
-{_folded("Configuration (config.yaml)", run.config)}
-{_folded("Environment (environment.json)", run.environment)}
+{folded("Configuration (config.yaml)", run.config)}
+{folded("Environment (environment.json)", run.environment)}
 </section>"""
 
 
@@ -105,16 +104,6 @@ def _response(sample: Mapping[str, Any]) -> str:
     facts += [f"{name} {readable(sample[name])}" for name in ("reward", "advantage") if sample.get(name) is not None]
     return (
         f'<article class="sample"><header>{escape(" · ".join(facts))}</header>'
-        f"<p>{escape(_cut(sample.get('question', '')))}</p>"
-        f"<pre>{escape(_cut(sample.get('response', '')))}</pre></article>"
+        f"<p>{escape(cut(sample.get('question', '')))}</p>"
+        f"<pre>{escape(cut(sample.get('response', '')))}</pre></article>"
     )
-
-
-def _cut(text: str) -> str:
-    left_out = len(text) - MAX_SAMPLE_CHARACTERS
-    return text if left_out <= 0 else f"{text[:MAX_SAMPLE_CHARACTERS]} … ({left_out} more characters)"
-
-
-def _folded(name: str, text: str | None) -> str:
-    content = NO_DATA if text is None else f"<pre>{escape(text)}</pre>"
-    return f"<details><summary>{escape(name)}</summary>{content}</details>"

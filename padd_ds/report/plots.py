@@ -24,6 +24,7 @@ _SMOOTHED_FROM = 30
 _MARKED_UP_TO = 12
 _ABOVE, _BELOW = to_rgb("#d9711c"), to_rgb("#2f7fc4")
 _MAP_BASE_PX, _MAP_ROW_PX, _MAP_LARGEST_PX = 45, 8, 330
+_PAIR_MAP_PX = 300
 
 
 def curves(
@@ -88,14 +89,24 @@ def distribution(label: str, key: str, edges: Sequence[float], counts: Sequence[
     return result.svg
 
 
-def expert_map(label: str, key: str, values_LE: np.ndarray, limit: float) -> str:
-    """Cells by layer and expert: orange above 0, blue below, full colour at +-limit."""
+def expert_map(label: str, key: str, values_LE: np.ndarray, limit: float, first_layer: int = 0) -> str:
+    """Cells by layer (the first of them on top) and expert: orange above 0, blue below, full colour at +-limit."""
     n_layers, n_experts = values_LE.shape
     with drawing(label, key, _map_height_px(n_layers)) as result:
         axes = result.axes
-        _cells(axes, values_LE / limit, (-0.5, n_experts - 0.5))
+        _cells(axes, values_LE / limit, (-0.5, n_experts - 0.5), first_row=first_layer)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=_STEPS, integer=True))
         axes.set_xlabel("expert", labelpad=2)
+    return result.svg
+
+
+def pair_map(label: str, key: str, values_EE: np.ndarray, limit: float) -> str:
+    """Cells by expert and expert, coloured as those of `expert_map`."""
+    with drawing(label, key, _PAIR_MAP_PX) as result:
+        axes = result.axes
+        _cells(axes, values_EE / limit, (-0.5, values_EE.shape[1] - 0.5), rows="expert")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=_STEPS, integer=True))
+        axes.set_xlabel("other expert", labelpad=2)
     return result.svg
 
 
@@ -176,18 +187,20 @@ def _widen_a_flat_axis(axes: Axes) -> None:
         axes.set_ylim(middle - least / 2, middle + least / 2)
 
 
-def _cells(axes: Axes, values: np.ndarray, columns: tuple[float, float]) -> None:
-    """An image with layer 0 on top; strength as opacity, so that the page's background is the neutral colour."""
-    n_layers = len(values)
+def _cells(
+    axes: Axes, values: np.ndarray, columns: tuple[float, float], rows: str = "layer", first_row: int = 0
+) -> None:
+    """An image with the first of `rows` on top; strength as opacity, so that the page's background is neutral."""
+    n_rows = len(values)
     strength = np.nan_to_num(np.clip(np.abs(values), 0, 1))
     colours = np.where((values >= 0)[..., None], _ABOVE, _BELOW)
-    extent = (*columns, n_layers - 0.5, -0.5)
+    extent = (*columns, first_row + n_rows - 0.5, first_row - 0.5)
     axes.imshow(np.dstack([colours, strength]), aspect="auto", interpolation="none", extent=extent)
     axes.spines[:].set_visible(True)
     axes.spines[:].set_color(GRID)
     axes.tick_params(axis="x", length=0)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS, integer=True))
-    axes.set_ylabel("layer")
+    axes.set_ylabel(rows)
 
 
 def _map_height_px(n_layers: int) -> int:

@@ -27,7 +27,7 @@ a { color: var(--series-1); text-decoration-thickness: 1px; text-underline-offse
 .hint { margin-bottom: .9rem; }
 nav { margin: 1rem 0 0; font-size: .95rem; }
 nav a { margin-right: 1.2em; }
-table, h4, .legend, .scale, .sample header, svg { font-family: system-ui, sans-serif; }
+table, h4, .legend, .scale, .sample header, .beside header, svg { font-family: system-ui, sans-serif; }
 .wide { overflow-x: auto; }
 table { border-collapse: separate; border-spacing: 0; font-size: .875rem;
   font-variant-numeric: tabular-nums; width: 100%;
@@ -71,11 +71,14 @@ figcaption { font-size: .84rem; line-height: 1.4; margin: .35rem 0 2rem; }
 .sample { border-left: 3px solid var(--grid); padding-left: .9rem; min-width: 0; }
 .sample header { font-size: .8rem; color: var(--soft); font-variant-numeric: tabular-nums; }
 .sample p { margin: .1rem 0 .3rem; white-space: pre-wrap; }
+.beside { display: grid; gap: .6rem 1.25rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); }
+.beside header { font-size: .8rem; color: var(--soft); }
+.question { margin: 0 0 1.8rem; }
 pre { font: .8rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: var(--tint); margin: 0;
   padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 22rem; overflow-y: auto; }
 details { margin-top: .5rem; }
 summary { cursor: pointer; font-size: .95rem; padding: .2rem 0; }
 @media (max-width: 480px) { body { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.45rem; }
   tbody th { white-space: normal; min-width: 8rem; } th:first-child { padding-right: .3rem; } }
-@media print { pre { max-height: none; } figure, .sample { break-inside: avoid; } }
+@media print { pre { max-height: none; } figure, .sample, .beside > div { break-inside: avoid; } }
 """

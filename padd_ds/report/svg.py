@@ -5,9 +5,11 @@ Colours are written as marker values and replaced by CSS variables, so that one 
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -18,30 +20,49 @@ INK = "#000001"
 GRID = "#000002"
 SERIES = ("#000011", "#000012", "#000013", "#000014")
 """Markers of the series' colours, by position."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Palette:
+    """The colours of a drawing."""
+
+    ink: str
+    grid: str
+    series: tuple[str, ...]
+
+
+PAGE = Palette(ink=INK, grid=GRID, series=SERIES)
+"""Markers, for a drawing that is part of a page."""
+PRINT = Palette(ink="#1d2126", grid="#c9ced4", series=("#2166ac", "#c9580c", "#2a8a5b", "#8a4fb0"))
+"""The page's colours in the light, for a drawing of its own."""
 _VARIABLES = {INK: "--ink", GRID: "--grid"} | {mark: f"--series-{i}" for i, mark in enumerate(SERIES, start=1)}
 
 # The width in px of a plot on a phone and in three columns alike, so that text has its nominal size.
 _WIDTH_PX, _HEIGHT_PX, _DPI = 340, 200, 72
 _LEFT_PX, _RIGHT_PX, _BOTTOM_PX, _TOP_PX = 50, 8, 37, 8
-_RC: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 10.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": GRID,
-    "axes.linewidth": 1.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "lines.solid_capstyle": "round",
-}
+_PNG_DPI = 200
+
+
+def _settings(palette: Palette) -> dict[Any, Any]:
+    return {
+        "svg.fonttype": "none",
+        "font.size": 10.5,
+        "text.color": palette.ink,
+        "axes.labelcolor": palette.ink,
+        "axes.edgecolor": palette.grid,
+        "axes.linewidth": 1.0,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": palette.grid,
+        "grid.linewidth": 0.6,
+        "xtick.color": palette.grid,
+        "ytick.color": palette.grid,
+        "xtick.labelcolor": palette.ink,
+        "ytick.labelcolor": palette.ink,
+        "xtick.major.size": 3,
+        "ytick.major.size": 0,
+        "lines.solid_capstyle": "round",
+    }
 
 
 class Drawing:
@@ -58,15 +79,34 @@ def drawing(label: str, key: str, height_px: int = _HEIGHT_PX) -> Iterator[Drawi
 
     `key` is unique on the page: parts of a drawing refer to each other by names derived from it.
     """
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": key}):
-        figure = Figure(figsize=(_WIDTH_PX / _DPI, height_px / _DPI), dpi=_DPI)
-        left, right = _LEFT_PX / _WIDTH_PX, 1 - _RIGHT_PX / _WIDTH_PX
-        figure.subplots_adjust(left, _BOTTOM_PX / height_px, right, 1 - _TOP_PX / height_px)
-        result = Drawing(figure.add_subplot())
+    with matplotlib.rc_context({**_settings(PAGE), "svg.hashsalt": key}):
+        figure = _figure(height_px)
+        result = Drawing(figure.axes[0])
         yield result
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     result.svg = _inline(buffer.getvalue(), label, height_px)
+
+
+def save_plot(path: Path, draw: Callable[[Axes, Palette], None], height_px: int = _HEIGHT_PX) -> None:
+    """Write what `draw` draws into empty axes as `path`.svg and `path`.png, on white, with a legend."""
+    with matplotlib.rc_context({**_settings(PRINT), "svg.hashsalt": path.name}):
+        figure = _figure(height_px)
+        axes = figure.axes[0]
+        draw(axes, PRINT)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8.5, frameon=False)
+        figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(path.with_name(path.name + ".png"), dpi=_PNG_DPI, bbox_inches="tight")
+
+
+def _figure(height_px: int) -> Figure:
+    """With one set of axes."""
+    figure = Figure(figsize=(_WIDTH_PX / _DPI, height_px / _DPI), dpi=_DPI)
+    left, right = _LEFT_PX / _WIDTH_PX, 1 - _RIGHT_PX / _WIDTH_PX
+    figure.subplots_adjust(left, _BOTTOM_PX / height_px, right, 1 - _TOP_PX / height_px)
+    figure.add_subplot()
+    return figure
 
 
 def _inline(document: str, label: str, height_px: int) -> str:

@@ -70,7 +70,7 @@ def test_a_changed_router_shifts(model):
     other = copy.deepcopy(model)
     with torch.no_grad():
         for router in find_routers(other):
-            router.weight.neg_()
+            router.gate.weight.neg_()
     result = measured(model, other)
     assert result.shift > 0.01 and result.flips > 0.1
 
@@ -78,7 +78,7 @@ def test_a_changed_router_shifts(model):
 def test_a_bias_flips_choices_without_a_shift(model):
     other = copy.deepcopy(model)
     for router in find_routers(other)[1:]:
-        router.e_score_correction_bias[0] += 10
+        router.gate.e_score_correction_bias[0] += 10
     result = measured(model, other)
     assert result.shift == pytest.approx(0.0, abs=1e-7)
     assert result.flips > 0

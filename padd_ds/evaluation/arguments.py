@@ -1,0 +1,191 @@
+"""The options of padd-eval, and what can be refused of them before anything is read."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from padd_ds.data.answers import ANSWER_FORMATS
+from padd_ds.data.problems import GOLD_FORMATS
+from padd_ds.data.prompts import TEMPLATES
+from padd_ds.errors import UserError
+from padd_ds.evaluation.benchmarks import BENCHMARKS
+from padd_ds.evaluation.kept import responses_file, work_folder
+from padd_ds.files import check_output_free
+from padd_ds.launcher import launched_world
+
+DESCRIPTION = "Pass@1 on checkable problems, perplexity on a text, and routing, of any causal language model folder."
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+EPILOG = """examples:
+  padd-eval --model DIR --benchmark math500 --data-dir data --output results/math500.json
+  padd-eval --model DIR --benchmark aime24 --samples 32 --temperature 0.6 --output results/aime24.json
+  torchrun --nproc_per_node 8 -m padd_ds.evaluate --model DIR --benchmark math500 --output results/math500.json
+  padd-eval --model DIR --benchmark math500 --data-dir data --routing-analysis --output results/routing.json
+  padd-eval --compare results/teacher.json results/student.json --output results/report.html
+  padd-eval --check-overlap train.jsonl --data-dir data
+After an interruption the same command goes on where it was, on any number of ranks. docs/evaluation.md tells more."""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="padd-eval", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", metavar="DIR", help="checkpoint folder or hub id")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write: JSON, or a page for --compare")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a result file, or what another evaluation left unfinished"
+    )
+    parser.add_argument(
+        "--check-overlap",
+        metavar="FILE",
+        help="no model: list the rows of this training data that hold questions of --benchmark, or of all benchmarks",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar="RESULT",
+        help="no model: results beside the first, question by question; with --output, as an HTML page",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    add_problem_options(parser)
+    add_prompt_options(parser)
+    text = parser.add_argument_group("perplexity")
+    text.add_argument("--perplexity", type=Path, metavar="TEXTFILE", help="plain text to measure it on")
+    text.add_argument("--window", type=int, default=256, help="tokens per window (default %(default)s)")
+    text.add_argument("--max-windows", type=int, help="windows to use (default: all)")
+    add_routing_options(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument("--batch-size", type=int, default=32, help="problems at once (default %(default)s)")
+    run.add_argument("--dtype", choices=DTYPE_NAMES, help="default: float32 on cpu, bfloat16 elsewhere")
+    run.add_argument("--device", help="such as cpu or cuda:1 (default: an accelerator if there is one)")
+    run.add_argument("--check-workers", type=int, default=1, help="answer checking processes")
+    run.add_argument("--check-timeout", type=float, default=5.0, metavar="SECONDS", help="for one answer")
+    run.add_argument("--seed", type=int, default=0, help="of what --samples draws")
+    return parser.parse_args(argv)
+
+
+def add_routing_options(parser: argparse.ArgumentParser) -> None:
+    """What to measure of a mixture of experts."""
+    routing = parser.add_argument_group("routing of a mixture of experts, on the problems with their solutions")
+    routing.add_argument(
+        "--routing", action="store_true", help="load, NMI and ESI by subject too (needs --solution-field)"
+    )
+    routing.add_argument(
+        "--routing-analysis",
+        action="store_true",
+        help="no responses: the whole analysis, as JSON in --output and as a page beside it",
+    )
+    routing.add_argument("--routing-before", metavar="DIR", help="checkpoint to measure the router's shift from")
+    routing.add_argument(
+        "--routing-teacher",
+        metavar="DIR",
+        help="teacher whose clusters of neurons the choices are held against (with --routing-analysis)",
+    )
+    routing.add_argument(
+        "--routing-targets", metavar="DIR", help="folder with padd_targets.safetensors (default: --model)"
+    )
+
+
+def add_problem_options(parser: argparse.ArgumentParser) -> None:
+    """Which problems; read by `read_problems`."""
+    problems = parser.add_argument_group("problems")
+    source = problems.add_mutually_exclusive_group()
+    source.add_argument("--benchmark", choices=BENCHMARKS, help="a public benchmark")
+    source.add_argument("--data", metavar="FILE", help="your own: JSONL, JSON, parquet, a folder, a hub name")
+    problems.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with benchmark files")
+    problems.add_argument("--split", help="split of --data")
+    problems.add_argument("--question-field", default="question", metavar="NAME")
+    problems.add_argument("--answer-field", default="answer", metavar="NAME")
+    problems.add_argument("--subject-field", metavar="NAME", help="report Pass@1 by this field too")
+    problems.add_argument("--level-field", metavar="NAME", help="and by this one")
+    problems.add_argument("--solution-field", metavar="NAME", help="measure the perplexity of these texts too")
+    problems.add_argument("--gold-format", choices=GOLD_FORMATS, default="plain", help="how rows hold it")
+    problems.add_argument("--limit", type=int, metavar="N", help="the first N problems only")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """How they are put, and answers found."""
+    prompts = parser.add_argument_group("prompts and answers")
+    prompts.add_argument(
+        "--template",
+        metavar="NAME_OR_TEXT",
+        help=f"{', '.join(TEMPLATES)}, or text with {{question}} (default: chat-boxed or boxed)",
+    )
+    prompts.add_argument("--chat", action="store_true", help="put --template in the model's chat template")
+    prompts.add_argument("--answer-format", choices=ANSWER_FORMATS, default="auto", help="default: %(default)s")
+    prompts.add_argument("--pattern", metavar="REGEX", help="one group, whose last match is the answer")
+    prompts.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="SHARE",
+        help="of the gold answer, by which a number may miss it (default: the benchmark's, 0.01 for minerva, else 0)",
+    )
+    prompts.add_argument("--max-new-tokens", type=int, default=512, help="per response (default %(default)s)")
+    prompts.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="beside the greedy response, draw N for Avg@N and Pass@k (default: 32 for aime24, else 0)",
+    )
+    prompts.add_argument("--temperature", type=float, default=1.0, help="of --samples (default %(default)s)")
+    prompts.add_argument("--top-p", type=float, default=1.0, help="of --samples (default %(default)s)")
+    prompts.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what can be refused without reading anything."""
+    for name in ("model", "output"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing; padd-eval --help tells what it is")
+    check_output_free(args.output, args.overwrite)
+    if not work_folder(args.output).exists():
+        check_output_free(responses_file(args.output), args.overwrite)
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder; name a file")
+    if not (args.benchmark or args.data or args.perplexity):
+        raise UserError("nothing to evaluate; give --benchmark, --data or --perplexity")
+    if args.data_dir and not args.benchmark:
+        raise UserError("--data-dir goes with --benchmark; a file of your own is named by --data")
+    if args.samples and not (args.benchmark or args.data):
+        raise UserError("--samples goes with --benchmark or --data")
+    if args.routing and not args.solution_field:
+        raise UserError("--routing follows worked solutions; name their field by --solution-field")
+    check_routing(args)
+    if args.chat and not args.template:
+        raise UserError("--chat goes with --template")
+    counts = ("limit", "max_windows", "batch_size", "max_new_tokens", "check_workers")
+    check_at_least(args, dict.fromkeys(counts, 1) | {"window": 2, "samples": 0, "tolerance": 0})
+    if args.temperature <= 0:
+        raise UserError(f"--temperature {args.temperature} must be above 0; the greedy response is always made")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
+
+
+def check_routing(args: argparse.Namespace) -> None:
+    """UserError for routing options that do not go together."""
+    if args.routing_before and not (args.routing or args.routing_analysis):
+        raise UserError("--routing-before goes with --routing or --routing-analysis")
+    if args.routing_teacher and not args.routing_analysis:
+        raise UserError("--routing-teacher goes with --routing-analysis")
+    if args.routing_targets and not args.routing_teacher:
+        raise UserError("--routing-targets goes with --routing-teacher")
+    if not args.routing_analysis:
+        return
+    for name in ("perplexity", "samples", "routing"):
+        if getattr(args, name):
+            raise UserError(f"--routing-analysis measures the routing alone; leave out --{name}")
+    if not (args.benchmark or args.data):
+        raise UserError("--routing-analysis goes with --benchmark or --data")
+    if launched_world() > 1:
+        raise UserError("--routing-analysis runs in one process; start it without a launcher")
+    if args.output.suffix == ".html":
+        raise UserError(f"--output {args.output} is for the numbers, as JSON; the page takes its name with .html")
+    check_output_free(args.output.with_suffix(".html"), args.overwrite)
+
+
+def check_at_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:
+    """UserError for the first of these options that is given and below its bound."""
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {bound}")

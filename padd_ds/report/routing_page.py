@@ -1,0 +1,304 @@
+"""The analysis of a model's routing as one HTML page.
+
+Legend: L layers, E experts.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from padd_ds.report.html import document, figure, folded, legend, scale, table
+from padd_ds.report.numbers import MINUS, TIMES, readable
+from padd_ds.report.panels import EXCESS
+from padd_ds.report.plots import curves, distribution, expert_map, pair_map
+from padd_ds.report.source import Series
+
+MAX_SUBJECTS, MAX_PAIR_MAPS = 12, 4
+Values = Mapping[str, Any]
+Row = list[str]
+
+
+def routing_page(document_: Values) -> str:
+    """The page of what `padd-eval --routing-analysis` writes as JSON."""
+    routing, settings = document_["routing"], document_["settings"]
+    title = f"Routing of {_name(settings['model'])}"
+    body = [
+        f'<h1>{escape(title)}</h1>\n<p class="subtitle">{escape(_subtitle(routing, settings))}</p>',
+        f"<section><h2>Result</h2>\n{_headline(routing)}\n{_notes(routing)}</section>",
+    ]
+    body += [
+        f'<section><h2>{title}</h2>\n<div class="panels">\n{panels}\n</div></section>'
+        for title, drawn in _SECTIONS.items()
+        if (panels := "\n".join(filter(None, drawn(routing))))
+    ]
+    body += [f"<section><h2>Layers</h2>\n{_layer_table(routing)}</section>", _facts(document_)]
+    return document(title, "\n".join(body))
+
+
+def routing_summary(routing: Values) -> str:
+    """The headline as a few lines of text."""
+    rows = [*_associations(routing), *_loads(routing), *_changes(routing)]
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"{row[0]:<{width}}  {', '.join(_told(row))}" for row in rows)
+
+
+def _told(row: Row) -> list[str]:
+    _, value, interval, control, p_value = row
+    named = (("", value), ("95 % ", interval), ("no association ", control), ("p ", p_value))
+    return [name + text for name, text in named if text]
+
+
+def _name(source: str) -> str:
+    return source.rstrip("/").rpartition("/")[2] or source
+
+
+def _subtitle(routing: Values, settings: Values) -> str:
+    data = settings.get("benchmark") or _name(str(settings.get("data")))
+    return (
+        f"{len(routing['layers'])} layers of {routing['experts']} experts, {routing['experts_per_token']} per token; "
+        f"{routing['tokens']} tokens of {routing['rows']} rows of {data}"
+    )
+
+
+def _headline(routing: Values) -> str:
+    rows = [*_associations(routing), *_loads(routing), *_changes(routing)]
+    return table(["mean over layers", "value", "95 % interval", "no association", "p"], rows)
+
+
+def _associations(routing: Values) -> list[Row]:
+    measured = routing["specialisation"]
+    if measured is None:
+        return []
+    rows = []
+    for key, name in (("nmi", "NMI of expert and subject"), ("esi_nats", "ESI, nats")):
+        one = measured[key]
+        low, high = one["interval_95"]
+        control = f"{readable(one['shuffled_mean'])} (95 of 100 below {readable(one['shuffled_95'])})"
+        rows.append([name, readable(one["value"]), f"{readable(low)} to {readable(high)}", control, _p(one["p_value"])])
+    return rows
+
+
+def _p(value: float) -> str:
+    return readable(value, 2)
+
+
+def _loads(routing: Values) -> list[Row]:
+    headline, cells = routing["headline"], len(routing["layers"]) * routing["experts"]
+    rows = [
+        [f"Load violation, {EXCESS}", readable(headline["max_violation"])],
+        ["Dead experts, of all", f"{headline['dead_experts']} of {cells}"],
+        ["Output similarity of two experts, cosine", readable(_off_diagonal(routing["output_similarity"]).mean())],
+    ]
+    if headline["entropy_nats"] is not None:
+        rows.append(["Router entropy, nats", readable(headline["entropy_nats"])])
+    return [_filled(row) for row in rows]
+
+
+def _changes(routing: Values) -> list[Row]:
+    headline, rows = routing["headline"], []
+    if headline["shift"] is not None:
+        rows.append(["Router shift since the other checkpoint", readable(headline["shift"])])
+    if headline["flips"] is not None:
+        rows.append(["Choices that it does not make", f"{100 * headline['flips']:.1f} %"])
+    if (clusters := routing["clusters"]) is not None:
+        agreement, chance = f"{100 * clusters['agreement']:.1f} %", f"{100 * clusters['chance']:.1f} %"
+        rows.append(["Choices among the teacher's most active clusters", agreement, "", chance])
+    return [_filled(row) for row in rows]
+
+
+def _filled(row: Row) -> Row:
+    return row + [""] * (5 - len(row))
+
+
+def _notes(routing: Values) -> str:
+    notes = []
+    if (measured := routing["specialisation"]) is not None:
+        notes.append(
+            f"Intervals: {measured['resamples']} bootstrap samples of rows (pivotal). No association: the subjects "
+            f"dealt out to the rows at random, {measured['shuffles']} times; p: the permutation test over them."
+        )
+    notes.append(
+        f"Output similarity: cosine of what two experts of a layer give for the same input, mean over "
+        f"{routing['sampled_tokens']} tokens and all pairs."
+    )
+    if routing["clusters"] is not None:
+        notes.append(
+            "The teacher's most active clusters: as many as experts are chosen, by the mean absolute activation of "
+            "their neurons in the teacher. No association: choice and activity independent of each other."
+        )
+    if routing["score_function"] is None:
+        notes.append("This router's weights follow neither from a softmax nor from a sigmoid: no entropy, no shift.")
+    return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>'
+
+
+def _subjects(routing: Values) -> list[str]:
+    measured = routing["specialisation"]
+    if measured is None:
+        return []
+    parts = [
+        _curve(
+            "NMI per layer",
+            "0 to 1",
+            routing,
+            {"expert and subject": measured["nmi"]["by_layer"], "shuffled": measured["nmi"]["shuffled_mean_by_layer"]},
+            "The higher above the shuffled control, the more a layer's experts belong to subjects.",
+        )
+    ]
+    share_CLE = {name: np.array(share) for name, share in measured["share_by_subject"].items()}
+    load_LE = np.array(routing["headline"]["load_share_by_layer"])
+    shown = sorted(share_CLE, key=lambda name: -routing["subjects"][name])[:MAX_SUBJECTS]
+    above_CLE = {name: (share_CLE[name] - load_LE) * routing["experts"] for name in shown}
+    limit = max([1e-12, *(float(np.abs(above_LE).max()) for above_LE in above_CLE.values())])
+    for place, name in enumerate(shown):
+        drawn = expert_map(name or "no subject", f"subject/{place}", above_CLE[name], limit, routing["layers"][0])
+        unit = f"share {MINUS} share of all, {TIMES} E"
+        caption = f"{routing['subjects'][name]} rows. Orange: chosen more for this subject than for all rows together."
+        bar = scale(f"{MINUS}{readable(limit)}", "0", readable(limit))
+        parts.append(figure(name or "no subject", unit, bar, drawn, caption))
+    return parts
+
+
+def _load_panels(routing: Values) -> list[str]:
+    load_LE = np.array(routing["headline"]["load_share_by_layer"])
+    drawn = expert_map("Load", "load", load_LE * routing["experts"] - 1, 1.0, routing["layers"][0])
+    caption = "Faint: an even load. Full blue: no token at all."
+    parts = [figure("Load", f"share {TIMES} E", scale("0", "1", "≥ 2"), drawn, caption)]
+    load = routing["load"]
+    entropies = {"load": load["load_entropy_nats_by_layer"]}
+    if load["router_entropy_nats_by_layer"] is not None:
+        entropies["router, per token"] = load["router_entropy_nats_by_layer"]
+    text = "Dashed: ln E, an even load, and a router that knows nothing. Near 0: a collapse."
+    parts.append(_curve("Entropy per layer", "nats", routing, entropies, text, float(np.log(routing["experts"]))))
+    return parts
+
+
+def _expert_panels(routing: Values) -> list[str]:
+    parts = []
+    similarity_LEE, together_LEE = (np.array(routing[name]) for name in ("output_similarity", "coactivation"))
+    for place in _spread_out(len(routing["layers"]), MAX_PAIR_MAPS):
+        layer = routing["layers"][place]
+        apart_EE = _without_diagonal(similarity_LEE[place])
+        limit = max(float(np.abs(apart_EE).max()), 1e-12)
+        title = f"Output similarity, layer {layer}"
+        drawn = pair_map(title, f"similarity/{place}", apart_EE, limit)
+        bar = scale(f"{MINUS}{readable(limit)}", "0", readable(limit))
+        parts.append(figure(title, "cosine", bar, drawn, "Orange: alike. The diagonal is left out."))
+        if routing["experts_per_token"] > 1:
+            parts.append(_together(layer, place, _without_diagonal(together_LEE[place])))
+    return parts
+
+
+def _together(layer: int, place: int, together_EE: np.ndarray) -> str:
+    title, limit = f"Co-activation, layer {layer}", max(float(together_EE.max()), 1e-12)
+    drawn = pair_map(title, f"coactivation/{place}", together_EE, limit)
+    caption = "Share of an expert's tokens (row) that also go to the other one (column)."
+    return figure(title, "share", scale("0", "", readable(limit)), drawn, caption)
+
+
+def _shift_panels(routing: Values) -> list[str]:
+    shift, headline = routing["shift"], routing["headline"]
+    if shift is None:
+        return []
+    parts = []
+    if shift["shift_by_layer"] is not None:
+        title, (edges, counts) = "Distribution of the router shift", (headline["shift_edges"], headline["shift_counts"])
+        drawn = distribution(title, "shift", edges, [counts], "Γ")
+        text = "Share of tokens whose shift, mean over layers, is below Γ."
+        parts.append(figure(title, "share of tokens", legend([("all tokens", "")]), drawn, text))
+        values = {f"‖g {MINUS} g before‖": shift["shift_by_layer"]}
+        parts.append(_curve("Router shift per layer", "mean per token", routing, values, "0: as it was."))
+    flips = {"choices": shift["flips_by_layer"]}
+    parts.append(_curve("Flips per layer", "share of slots", routing, flips, "Experts that were not chosen before."))
+    return parts
+
+
+def _cluster_panels(routing: Values) -> list[str]:
+    clusters = routing["clusters"]
+    if clusters is None:
+        return []
+    values = {"agreement": clusters["agreement_by_layer"], "independent": clusters["chance_by_layer"]}
+    text = "Choices among the teacher's most active clusters. The further above the other line, the more it follows."
+    parts = [_curve("Agreement per layer", "share of slots", routing, values, text)]
+    share_LE = np.array(clusters["teacher_share_by_layer"])
+    drawn = expert_map(
+        "Load that the teacher suggests", "clusters", share_LE * routing["experts"] - 1, 1.0, routing["layers"][0]
+    )
+    text = "If every token went to the clusters that fire most for it."
+    parts.append(figure("Load that the teacher suggests", f"share {TIMES} E", scale("0", "1", "≥ 2"), drawn, text))
+    return parts
+
+
+_SECTIONS: dict[str, Callable[[Values], list[str]]] = {
+    "Subjects": _subjects,
+    "Load": _load_panels,
+    "Change since the other checkpoint": _shift_panels,
+    "The teacher's clusters": _cluster_panels,
+    "Experts": _expert_panels,
+}
+
+
+def _layer_table(routing: Values) -> str:
+    columns: dict[str, Sequence[float] | None] = {}
+    if (measured := routing["specialisation"]) is not None:
+        columns |= {"NMI": measured["nmi"]["by_layer"], "shuffled": measured["nmi"]["shuffled_mean_by_layer"]}
+        columns |= {"ESI, nats": measured["esi_nats"]["by_layer"]}
+    load, shift, clusters = routing["load"], routing["shift"] or {}, routing["clusters"] or {}
+    columns |= {
+        "load violation": routing["headline"]["max_violation_by_layer"],
+        "dead": load["dead_experts_by_layer"],
+        "load entropy": load["load_entropy_nats_by_layer"],
+        "router entropy": load["router_entropy_nats_by_layer"],
+        "similarity": [_off_diagonal([one]).mean() for one in routing["output_similarity"]],
+        "shift": shift.get("shift_by_layer"),
+        "flips": shift.get("flips_by_layer"),
+        "agreement": clusters.get("agreement_by_layer"),
+    }
+    there = {name: values for name, values in columns.items() if values is not None}
+    rows = [
+        [str(layer), *(readable(values[place]) for values in there.values())]
+        for place, layer in enumerate(routing["layers"])
+    ]
+    return table(["layer", *there], rows)
+
+
+def _facts(document_: Values) -> str:
+    """Settings and versions, folded."""
+    parts = [folded(name.capitalize(), _indented(document_[name])) for name in ("settings", "versions")]
+    return f"<section><h2>Settings</h2>\n{''.join(parts)}</section>"
+
+
+def _indented(values: Values) -> str:
+    return json.dumps(values, indent=1, ensure_ascii=False)
+
+
+def _curve(
+    title: str,
+    unit: str,
+    routing: Values,
+    values: Mapping[str, Sequence[float]],
+    caption: str,
+    reference: float | None = None,
+) -> str:
+    layers = np.array(routing["layers"], dtype=float)
+    series = [Series(steps=layers, values=np.array(one, dtype=float)) for one in values.values()]
+    names = legend([(name, f"mean {readable(float(np.mean(one)))}") for name, one in values.items()])
+    drawn = curves(title, f"curve/{title}", series, from_zero=True, reference=reference, across="layer")
+    return figure(title, unit, names, drawn, caption)
+
+
+def _off_diagonal(values_LEE: Any) -> np.ndarray:
+    """[L, E * (E - 1)]; of one expert per layer, a 1."""
+    values = np.array(values_LEE, dtype=float)
+    n_experts = values.shape[-1]
+    return values[:, ~np.eye(n_experts, dtype=bool)] if n_experts > 1 else values[:, 0]
+
+
+def _without_diagonal(values_EE: np.ndarray) -> np.ndarray:
+    return np.where(np.eye(len(values_EE), dtype=bool), 0.0, values_EE)
+
+
+def _spread_out(count: int, most: int) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
