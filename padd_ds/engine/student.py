@@ -16,6 +16,7 @@ from transformers import get_scheduler
 from padd_ds.config.schema import RunConfig
 from padd_ds.config.sections import OptimizerConfig
 from padd_ds.engine.activity import measure_activity
+from padd_ds.engine.clipping import clip_by_whole_norm
 from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.finite import FiniteWatch
 from padd_ds.engine.handover import check_handover, probe_logits
@@ -91,7 +92,7 @@ class Student:
         self.engine.step()
 
     def optimiser_metrics(self) -> dict[str, float]:
-        """Learning rate of the last step, and gradient norm before clipping, which DeepSpeed tells from ZeRO 1 on."""
+        """Learning rate of the last step, and gradient norm before clipping; at ZeRO 0 only where it clips."""
         norm = self.engine.get_global_grad_norm()
         told = {} if norm is None else {"grad_norm": float(norm)}
         return told | {"learning_rate": float(self.engine.get_lr()[0])}
@@ -185,6 +186,8 @@ def build_student(
             _compute_masked(layer)
     for index, layer in enumerate(layers):
         measure_activity(layer, index, control)
+    if not engine.zero_optimization() and not engine.bfloat16_enabled():
+        clip_by_whole_norm(engine, layers[0].ep_group if layers else None)
     student = Student(
         engine=engine,
         layers=layers,

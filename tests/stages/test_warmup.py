@@ -117,8 +117,7 @@ def two_steps(ranks: Ranks, checkpointing: bool) -> list[dict[str, list[float]]]
         config = replace(warmup_config(routing="routed"), activation_checkpointing=checkpointing)
         stage = make_warmup(ranks, config, zero_stage=zero_stage)
         metrics = [stage.step(step).metrics for step in range(2)]
-        # DeepSpeed tells no gradient norm at stage 0.
-        names = ("loss_lm", "loss_kd", "loss_init", *(["grad_norm"] if zero_stage else []))
+        names = ("loss_lm", "loss_kd", "loss_init", "grad_norm")
         results.append({name: [one[name] for one in metrics] for name in names})
     return results
 
