@@ -25,18 +25,21 @@ BENCHMARKS := gsm8k math500 aime24 amc23 minerva olympiadbench
 CALIBRATION ?=
 EVALUATION ?=
 
-# A process per core; tests of one file stay together, for what they build once.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+# A process per core; tests of one file stay together, for what they build once, in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 LINTED := padd_ds tests tools
 RUFF_RULES := --line-length 120 --select E,F,I,B,UP,SIM,C4,RUF --ignore SIM905,RUF005
+
+# Cluster file of the GPU that the plan's benchmark runs on.
+GPU ?=
 
 # Models and data of the joint step's benchmark.
 STUDENT ?= repro/full/seed0/half/warmed-up/model
 TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-faults $(BENCHMARKS:%=eval-%) eval-all eval-routing eval-general \
-    check-scorer bench-convert bench-joint bench-plan bench-parity \
+.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-gpu test-faults $(BENCHMARKS:%=eval-%) eval-all \
+    eval-routing eval-general check-scorer bench-convert bench-infer bench-joint bench-plan bench-train bench-parity bench-scaling \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
@@ -59,6 +62,9 @@ test-fast: lint  ## all but the tests marked slow
 test-slurm: $(READY)  ## the jobs of slurm/ on a real Slurm of two nodes on this host (root; Debian's slurm-wlm and munge)
 	trap 'tools/slurm_testbed.sh stop .cache/slurm' EXIT; tools/slurm_testbed.sh start .cache/slurm; \
 	    SLURM_CONF=$(CURDIR)/.cache/slurm/slurm.conf $(BIN)/python -m pytest tests/slurm
+
+test-gpu: $(READY)  ## the path on one GPU (skipped without one)
+	$(BIN)/python -m pytest tests/gpu
 
 test-faults: $(READY)  ## ranks killed and stopped at 20 random moments of one run, which then ends as the undisturbed one
 	PADD_STRIKES=20 $(BIN)/python -m pytest tests/faults
@@ -132,11 +138,22 @@ bench-joint: $(READY)  ## STUDENT=dir TEACHER=dir PROBLEMS=file: what a PADD ste
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python tools/bench_joint.py --student "$(STUDENT)" --teacher "$(TEACHER)" \
 	    --data "$(PROBLEMS)"
 
-bench-plan: $(READY)  ## what padd-plan says beside real ranks: memory and communication of ten small runs, a quarter of an hour
-	$(BIN)/python tools/bench_plan.py --folder bench/plan
+bench-plan: $(READY)  ## what padd-plan says beside ten small runs of two CPU ranks, or with GPU=cluster-file beside larger ones on a GPU
+	$(BIN)/python tools/bench_plan.py --folder bench/plan $(if $(GPU),--gpu "$(GPU)")
+
+bench-train: $(READY)  ## a training step's tokens per second beside transformers' own class of the student, on a GPU where there is one
+	$(BIN)/python tools/bench_train.py
 
 bench-parity: $(READY)  ## losses and gradients of every layout of a small run, beside one process
 	$(BIN)/python tools/bench_parity.py --folder bench/parity
+
+bench-scaling: $(READY)  ## tokens per second and bytes per token of 1 to 4 CPU ranks with the same work each
+	$(BIN)/python tools/bench_scaling.py --folder bench/scaling
+
+bench-infer: $(READY)  ## STUDENT=dir TEACHER=dir: prefill and decoding of the student beside its teacher, by batch size
+	@test -d "$(STUDENT)" -a -d "$(TEACHER)" || { echo "error: $(STUDENT) or $(TEACHER) is missing; set STUDENT and" \
+	    "TEACHER" >&2; exit 2; }
+	$(BIN)/python tools/bench_infer.py --student "$(STUDENT)" --teacher "$(TEACHER)" $(EVAL_ARGS)
 
 repro: $(READY)  ## the whole experiment, hours on two cores, resumable: results/full/, docs/results.md
 	$(BIN)/python tools/repro.py --scale full

@@ -13,6 +13,8 @@ from padd_ds.errors import UserError
 
 ALMOST_FULL_BYTES = 1 << 24
 CHUNK_BYTES = 1 << 22
+DISK_FULL_HINT = "the last whole checkpoint stays; free some space and go on with --resume"
+"""What a run has to say that can be continued."""
 
 
 def check_output_free(path: Path, overwrite: bool) -> None:

@@ -26,6 +26,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="run configuration (YAML), as for padd_ds/train.py")
     parser.add_argument("--cluster", type=Path, required=True, help="nodes, devices, memory and speeds (YAML)")
     parser.add_argument("--nodes", type=int, help="in place of the cluster's number of nodes")
+    parser.add_argument("--devices-per-node", type=int, help="in place of the cluster's, where fewer are used")
     parser.add_argument("--mean-prompt", type=int, metavar="TOKENS", help="default: the longest that is allowed")
     parser.add_argument("--mean-response", type=int, metavar="TOKENS", help="default: the longest that is allowed")
     parser.add_argument("--validate", action="store_true", help="exit code 2 where the run as configured cannot fit")
@@ -48,6 +49,7 @@ def main() -> None:
         parsed.overrides,
         parsed.cluster,
         nodes=parsed.nodes,
+        devices_per_node=parsed.devices_per_node,
         mean_prompt=parsed.mean_prompt,
         mean_response=parsed.mean_response,
     )

@@ -25,7 +25,7 @@ from padd_ds.errors import (
 )
 from padd_ds.launcher import launched_rank
 from padd_ds.run.lock import run_lock
-from padd_ds.run.stop import StoppedEarly
+from padd_ds.run.stop import StoppedEarly, StopRequest
 
 EPILOG = """examples:
   deepspeed --num_accelerators 2 padd_ds/train.py --config ds_configs/runs/warmup.yaml run_dir=runs/a
@@ -64,7 +64,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, stop: StopRequest) -> None:
     """Check, build, train; UserError before any work where an input is wrong."""
     config = load_run_config(arguments.config, arguments.overrides)
     if arguments.show_config:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     from padd_ds.engine.checkpoint import last_whole_checkpoint
     from padd_ds.engine.ranks import any_rank, start_ranks, stop_ranks, together
     from padd_ds.run.folder import check_run_folder, keep_student_files, start_run_folder
-    from padd_ds.run.loop import train
+    from padd_ds.run.loop import end_if_asked, train
     from padd_ds.stages.build import open_stage, read_inputs
     from padd_ds.stages.materials import write_data_report
 
@@ -92,12 +92,13 @@ def run(arguments: argparse.Namespace) -> None:
             together(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main else None, ranks)
             resumed = last_whole_checkpoint(folder, ranks, arguments.skip_damaged, say) if resume else None
             together(lambda: start_run_folder(folder, config, ranks.world, resumed) if ranks.is_main else None, ranks)
+            end_if_asked(stop, folder, resumed.step if resumed else 0, ranks)
             together(lambda: write_data_report(inputs.data, config, say) if ranks.is_main else None, ranks)
             stage = stack.enter_context(open_stage(inputs, ranks))
             model, source = stage.student.model, Path(config.model.student)
             keep = partial(keep_student_files, folder, model, inputs.tokenizer, source)
             together(lambda: keep() if ranks.is_main else None, ranks)
-            train(stage, config, ranks, resumed)
+            train(stage, config, ranks, resumed, stop)
     finally:
         stop_ranks()
 
@@ -128,10 +129,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(describe_options())
         return
     try:
-        run(parsed)
+        with StopRequest() as stop:
+            run(parsed, stop)
     except StoppedEarly as stopped:
         if launched_rank() in (None, 0):
-            say(f"{stopped}, and saved; the same command with --resume goes on")
+            say(f"{stopped}; the same command with --resume goes on")
         sys.exit(EXIT_CODE_STOPPED)
     except (HandoverError, TrainingDiverged) as error:
         if launched_rank() in (None, 0):

@@ -4,6 +4,8 @@
 #   PADD_PYTHON    python of the environment (default .venv/bin/python)
 #   PADD_LOGS      where the ranks' logs go (default slurm-logs/NAME-ID/rank-N.log)
 #   OMP_NUM_THREADS, HF_HUB_OFFLINE   default: --cpus-per-task or 1, and 1
+#   CLUSTER        cluster file, such as ds_configs/clusters/h100.yaml: padd-plan --validate then stands before the
+#                  training, on the job's nodes and ranks, and a run that cannot fit is refused before anything loads
 #   EXPORT         folder for the finished run as a Hugging Face checkpoint (default: none is written)
 #   MASTER_ADDR    how the nodes reach the first one (default: its address in Slurm), MASTER_PORT likewise
 #   DRY_RUN=1      print what would run and the resolved configuration, with or without Slurm
@@ -18,6 +20,19 @@ single() {
     if [ "${DRY_RUN:-0}" = 1 ]; then echo "# ${command[*]}"; else exec "${command[@]}"; fi
 }
 
+# plan RUN.yaml ARGUMENTS: code 2 where CLUSTER is set and the run cannot fit there.
+plan() {
+    local argument command=("$python" -m padd_ds.plan --config "$1" --cluster "${CLUSTER:-}" --validate)
+    if [ -z "${CLUSTER:-}" ]; then return; fi
+    if [ -n "${SLURM_NTASKS:-}" ]; then
+        command+=(--nodes "$SLURM_JOB_NUM_NODES" --devices-per-node "$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))")
+    fi
+    # Not the options of train.py.
+    for argument in "${@:2}"; do if [[ $argument != --* ]]; then command+=("$argument"); fi; done
+    echo "# ${command[*]}"
+    "${command[@]}"
+}
+
 # train RUN.yaml ARGUMENTS: a rank per task.
 train() {
     local logs first run_dir code=0
@@ -27,10 +42,12 @@ train() {
         echo "# srun ${train[*]}"
         if [ -n "${EXPORT:-}" ]; then echo "# padd-export, to $EXPORT"; fi
         "$python" padd_ds/train.py --config "$@" --show-config
+        plan "$@"
         return
     fi
     # Checks the configuration before any rank starts.
     run_dir=$("$python" padd_ds/train.py --config "$@" --show-config | sed -n "s/^run_dir: //p")
+    plan "$@"
     logs=${PADD_LOGS:-slurm-logs/$SLURM_JOB_NAME-$SLURM_JOB_ID}
     mkdir -p "$logs"
     # Left by an earlier stop: should this attempt crash, it must not look stopped.

@@ -7,8 +7,9 @@
 #   DATA, WORK   the problems; the folder for runs, models and results
 #   CONVERT      options of padd-convert besides teacher, output and calibration file (default: as the run files)
 #   EVAL         options of padd-eval besides model and output
-#   EVAL_JOB     options of sbatch for the evaluations (default --gpus 1)
+#   CONVERT_JOB, EVAL_JOB   options of sbatch for the conversion (default none) and the evaluations (default --gpus 1)
 #   CONFIGS      folder with teacher_grpo.yaml, warmup.yaml and joint.yaml (default ds_configs/runs)
+#   CLUSTER and the other variables of slurm/jobs.sh reach every job
 #   DRY_RUN=1    print the jobs instead of submitting them
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -44,7 +45,7 @@ if [ "${TUNED:-0}" != 1 ]; then
         run_dir="$WORK/teacher" model.student="$TEACHER" data.source="$DATA"
 fi
 # shellcheck disable=SC2086 # options are meant to be split
-submit convert -- slurm/convert.sbatch --teacher "$tuned" --output "$models/converted" \
+submit convert -- ${CONVERT_JOB-} slurm/convert.sbatch --teacher "$tuned" --output "$models/converted" \
     --calibration "$DATA" --calibration-part A $convert
 submit warmup CONFIG="$configs/warmup.yaml" EXPORT="$models/warmed-up" -- "$@" slurm/warmup.sbatch \
     run_dir="$WORK/warmup" model.student="$models/converted" model.teacher="$tuned" data.source="$DATA"

@@ -12,10 +12,19 @@ from typing import Any
 
 import torch
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-# The server imports the heavy packages once; each rank is then a cheap fork of it.
-_CONTEXT.set_forkserver_preload(
-    ["torch", "deepspeed", "transformers", "padd_ds.engine.student", "torch.utils.tensorboard"]
+CONTEXT = multiprocessing.get_context("forkserver")
+# The server imports once what ranks need, with what DeepSpeed imports when it is initialised; each rank is then a cheap
+# fork of it.
+CONTEXT.set_forkserver_preload(
+    [
+        "pytest",
+        "tests.world",
+        "padd_ds.run.loop",
+        "deepspeed.module_inject.auto_ep",
+        "deepspeed.moe.ep_kernels",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "torch.utils.tensorboard",
+    ]
 )
 
 
@@ -25,10 +34,10 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
     `function` must be importable. A rank that raises fails the test with its traceback; ranks that
     are not back after `timeout_s` are killed and reported.
     """
-    port = _free_port()
-    results: Any = _CONTEXT.Queue()
+    port = free_port()
+    results: Any = CONTEXT.Queue()
     processes = [
-        _CONTEXT.Process(target=_one_rank, args=(function, rank, world, port, arguments, results), daemon=True)
+        CONTEXT.Process(target=_one_rank, args=(function, rank, world, port, arguments, results), daemon=True)
         for rank in range(world)
     ]
     for process in processes:
@@ -78,7 +87,7 @@ def _one_rank(function: Callable[..., Any], rank: int, world: int, port: int, ar
         stop_ranks()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,17 +1,16 @@
 """What padd_ds/train.py needs on disk for a tiny joint run, and the starting of it."""
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from padd_ds import train
+from tests.commands import REPOSITORY, Command
 from tests.tiny import tiny_student
 from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def make_inputs(folder: Path) -> Path:
@@ -40,9 +39,17 @@ def make_inputs(folder: Path) -> Path:
     return folder
 
 
-def start_training(inputs: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """One rank of padd_ds/train.py, its output in pipes."""
-    command: list[Any] = [sys.executable, "padd_ds/train.py", "--config", inputs / "run.yaml", *arguments]
-    return subprocess.Popen(
-        list(map(str, command)), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start_training(inputs: Path, *arguments: str) -> Command:
+    """One rank of padd_ds/train.py."""
+    return Command(REPOSITORY / "padd_ds" / "train.py", "--config", inputs / "run.yaml", *arguments)
+
+
+def train_here(inputs: Path, *arguments: str) -> tuple[int, str]:
+    """padd_ds/train.py in this process, a rank of `run_ranks`: its exit code and what it said on standard error."""
+    code, told = 0, io.StringIO()
+    with contextlib.redirect_stderr(told):
+        try:
+            train.main(["--config", f"{inputs}/run.yaml", "log.tensorboard=false", *arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, told.getvalue()

@@ -97,7 +97,9 @@ def make_joint_stage(
     tree = deepspeed_tree(expert_parallel, zero_stage)
     student = make_student(ranks, config, tree, lambda name: joint.is_trained(name, config.routing.train_router))
     teacher = place_frozen(make_tiny_model(), placement, torch.float32, ranks)
-    reference = make_tiny_model(seed=1).eval().requires_grad_(False) if config.policy.kl_weight else None
+    reference = None
+    if config.policy.kl_weight:
+        reference = place_frozen(tiny_student(seed=1, vocabulary=len(tokenizer)), placement, torch.float32, ranks)
     checker = checker or AnswerChecker(AnswerFormat(name="pattern", pattern=config.reward.answer_pattern))
     collector = make_collector(config, student, tokenizer, problems(), checker, guidance)
     return build.make_joint_stage(config, student, teacher, reference, collector)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from padd_ds.errors import run_cli
-from tools.bench_plan import launch, prepare
+from tools.bench_plan import ON_CPU, ONE_THREAD_CPU, launch, prepare
 
 MODEL = {"layers": 2, "width": 64, "slice": 16, "experts": 8, "top_k": 2, "vocabulary": 128}
 RANKS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
@@ -26,6 +26,8 @@ RANKS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 ZERO_STAGES = (0, 1, 2, 3)
 STEPS = 3
 LOSSES = {"warmup": ("loss_lm", "loss_kd"), "joint": ("loss_policy", "loss_kd")}
+SIZES = {"loss_policy": 1.0}
+"""Of what a loss sums up, where that cancels: ratios near 1 times advantages with standard deviation 1."""
 Layout = tuple[int, int, int]
 """Ranks, ranks that share the experts, ZeRO stage."""
 
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("--most-ranks", type=int, default=4, help="leave out layouts of more ranks")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
-    prepare(folder, MODEL)
+    prepare(folder, MODEL, ON_CPU)
     layouts = [(*ranks, stage) for ranks in RANKS for stage in ZERO_STAGES if ranks[0] <= arguments.most_ranks]
     cases = [(stage, layout) for stage in LOSSES for layout in layouts]
     found = {case: run_case(folder, *case) for case in tqdm(cases, unit="run", dynamic_ncols=True)}
@@ -61,13 +63,16 @@ def reference(stage: str, layout: Layout) -> tuple[str, Layout]:
 
 
 def compared(stage: str, found: list[dict[str, float]], expected: list[dict[str, float]]) -> list[str]:
-    """The largest relative deviations, for `COLUMNS`; the gradient's of its norm."""
+    """The largest deviations, for `COLUMNS`, relative to what is expected or to `SIZES`; of a gradient's norm."""
 
     def off(steps: int, names: tuple[str, ...]) -> str:
-        pairs = [(mine[name], theirs[name]) for mine, theirs in zip(found, expected, strict=True) for name in names][
-            : steps * len(names)
+        pairs = list(zip(found, expected, strict=True))[:steps]
+        deviations = [
+            abs(mine[name] - theirs[name]) / SIZES.get(name, abs(theirs[name]))
+            for mine, theirs in pairs
+            for name in names
         ]
-        return f"{max(abs(mine - theirs) / abs(theirs) if theirs else abs(mine) for mine, theirs in pairs):.0e}"
+        return f"{max(deviations):.0e}"
 
     told = "grad_norm" in found[0]
     return [off(1, LOSSES[stage]), off(1, ("grad_norm",)) if told else "not told", off(STEPS, LOSSES[stage])]
@@ -79,7 +84,7 @@ def run_case(folder: Path, stage: str, layout: Layout) -> list[dict[str, float]]
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     path = write_run(folder, run_dir, stage, experts_over, zero_stage)
-    launch(world, ["padd_ds/train.py", "--config", str(path)], {})
+    launch(world, ["padd_ds/train.py", "--config", str(path)], ONE_THREAD_CPU)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

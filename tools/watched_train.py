@@ -3,8 +3,9 @@
     torchrun --nproc_per_node 2 tools/watched_train.py OUTPUT --config RUN.yaml ...
 
 Every rank writes OUTPUT/rank_N.json: `traffic`, the bytes that it handed to each kind of collective in step 1 (the
-first one is step 0), and `memory`, the largest anonymous memory in bytes that the process held before it loaded
-anything, while it built the stage, and in the steps, and what it held at rest between them.
+first one is step 0); `memory`, the most bytes that it held before it loaded anything, while it built the stage, in the
+steps, and between them (on a CPU the process's anonymous memory, on a GPU what its allocator has handed out); `seconds`
+of each step; and on a GPU its name, `device`, and `overhead`, the bytes that it gave out beside the allocator's.
 """
 
 import inspect
@@ -38,19 +39,28 @@ MOVED = {
 }
 """Collective -> its argument that holds what is moved, in whole; of an all-to-all what this rank gives."""
 INTERVAL_S = 0.002
+ON_GPU = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 class Watch:
-    """Counts bytes by collective and group size, and follows the memory of this process."""
+    """Counts bytes by collective and group size, and follows the memory of this process or of its GPU."""
 
     def __init__(self) -> None:
         self.moved: Counter[str] = Counter()
         self.counting = False
         self.peaks: dict[str, int] = {}
-        self.resting: list[int] = []
+        self.seconds: list[float] = []
         self.phase = "imported"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def enter(self, phase: str) -> None:
+        """From here on what is held counts for `phase`."""
+        if ON_GPU:
+            torch.cuda.synchronize()
+            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+        self.phase = phase
 
     def count(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(function)
@@ -72,12 +82,21 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        if ON_GPU:  # its allocator remembers the largest by itself
+            yield
+            return
         self._thread.start()
         try:
             yield
         finally:
             self._stop.set()
             self._thread.join()
+
+
+def overhead_bytes() -> int:
+    """What the GPU gave out that the allocator does not hold: context, libraries, and other processes' memory."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 def anonymous_bytes() -> int:
@@ -113,7 +132,7 @@ def watch_collectives(watch: Watch) -> None:
 
 
 def watch_steps(watch: Watch) -> None:
-    """Mark where loading ends and steps begin, and count the second step's collectives."""
+    """Mark where loading ends and steps begin, and count the second step's collectives; no checkpoint is written."""
     import padd_ds.run.loop as loop
     import padd_ds.stages.build as build
 
@@ -121,24 +140,27 @@ def watch_steps(watch: Watch) -> None:
 
     def reading(*arguments: Any) -> Any:
         inputs = read_inputs(*arguments)
-        watch.resting.append(anonymous_bytes())
-        watch.phase = "building"
+        watch.enter("building")
         return inputs
 
     def training(stage: Any, *arguments: Any) -> None:
         step = stage.step
 
         def counted_step(number: int) -> Any:
-            watch.resting.append(anonymous_bytes())
-            watch.phase, watch.counting = f"step {number}", number == 1
+            watch.enter(f"step {number}")
+            watch.counting = number == 1
+            started_s = time.perf_counter()
             report = step(number)
-            watch.phase, watch.counting = "between steps", False
+            watch.enter("between steps")
+            watch.seconds.append(time.perf_counter() - started_s)
+            watch.counting = False
             return report
 
         object.__setattr__(stage, "step", counted_step)
         train(stage, *arguments)
 
     build.read_inputs, loop.train = reading, training  # type: ignore[assignment]
+    loop._checkpoint = lambda *_: None
 
 
 def main() -> None:
@@ -153,7 +175,12 @@ def main() -> None:
 
     with watch.watching():
         train.main(arguments)
-    facts = {"traffic": dict(watch.moved), "memory": {"peaks": watch.peaks, "resting": watch.resting}}
+    facts = {
+        "traffic": dict(watch.moved),
+        "memory": watch.peaks,
+        "seconds": watch.seconds,
+        **({"device": torch.cuda.get_device_name(), "overhead": overhead_bytes()} if ON_GPU else {}),
+    }
     output.mkdir(parents=True, exist_ok=True)
     (output / f"rank_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(facts, indent=1) + "\n")
 

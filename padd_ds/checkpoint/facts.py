@@ -68,7 +68,9 @@ def _tree(path: Path) -> Facts:
 
 def _last_metrics(path: Path, steps: int) -> Facts:
     last: Facts = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], start=1):
+    # What follows the last newline is a line that was not finished.
+    *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
+    for number, line in enumerate(lines, start=1):
         try:
             logged = json.loads(line)
             if logged["step"] < steps:

@@ -9,8 +9,9 @@ PROBE = "probe_logits"
 """In a checkpoint's stage.safetensors, beside what the stage remembers: [T, V] of the live model when it was saved."""
 TOKENS = 16
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
-"""Mean difference of logits over their mean size. fp32: far above rounding. bf16: a guess that should stop no sound
-run, as a GPU rounds otherwise than the CPU that the first logits come from, and no GPU has been measured."""
+"""Mean difference of logits over their mean size. fp32: far above rounding. bf16: a GPU rounds otherwise than the CPU
+that the first logits come from, and a token near a tie takes another expert; 0.08 was seen on an H200, with random
+weights in four layers of Qwen2.5-7B's size."""
 
 
 def probe_tokens(vocabulary: int) -> torch.Tensor:

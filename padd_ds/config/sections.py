@@ -31,8 +31,9 @@ class ModelConfig:
     teacher: str | None = None
     """The dense teacher: a Hugging Face folder or hub id. Needed wherever a distillation weight is above 0."""
     teacher_placement: Literal["replicated", "sharded", "offloaded"] = "replicated"
-    """Where the teacher's weights are: whole on every rank; spread over the ranks by ZeRO-3, each layer gathered as it
-    runs; or that, from the ranks' host memory. Less memory, more communication."""
+    """Where the weights of the frozen models are, the teacher and the reference of policy.kl_weight: whole on every
+    rank; spread over the ranks by ZeRO-3, each layer gathered as it runs; or that, from the ranks' host memory. Less
+    memory, more communication."""
     reference: str | None = None
     """What policy.kl_weight holds the student to: a folder or hub id; default: model.student as it began."""
     targets: str | None = None

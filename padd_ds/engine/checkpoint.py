@@ -34,7 +34,7 @@ from padd_ds.engine.ranks import Ranks, barrier, gather_objects, on_main, togeth
 from padd_ds.engine.student import Student
 from padd_ds.engine.weights import local_tensors
 from padd_ds.errors import OneRankError, UserError
-from padd_ds.files import disk_full_is_user_error, give_usual_modes, replace_folder, sha256_of
+from padd_ds.files import DISK_FULL_HINT, disk_full_is_user_error, give_usual_modes, replace_folder, sha256_of
 
 
 def save_checkpoint(
@@ -147,13 +147,13 @@ def _fresh_folder(staged: Path) -> None:
 def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """As a safetensors file; weights that are none of this rank's leave no file."""
     if tensors or path.name == STAGE_STATE:
-        with disk_full_is_user_error(path):
+        with disk_full_is_user_error(path, DISK_FULL_HINT):
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _write_deepspeed_files(student: Student, staged: Path) -> None:
     try:
-        with disk_full_is_user_error(staged):
+        with disk_full_is_user_error(staged, DISK_FULL_HINT):
             student.engine.save_checkpoint(str(staged), tag=DEEPSPEED_TAG, save_latest=False)
     except UserError as error:
         raise OneRankError(str(error)) from error
@@ -169,7 +169,7 @@ def _hashes(staged: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _seal(staged: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-    with disk_full_is_user_error(final):
+    with disk_full_is_user_error(final, DISK_FULL_HINT):
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         give_usual_modes(staged)
         if final.exists():

@@ -15,6 +15,9 @@ from deepspeed.accelerator import get_accelerator
 from padd_ds.errors import UserError
 from padd_ds.launcher import launched_rank
 
+DEFAULT_PORT = 29500
+"""Where ranks meet unless MASTER_PORT names another port, as in torch and DeepSpeed."""
+
 
 class OtherRankFailed(RuntimeError):
     """This rank is well, but another one is not."""
@@ -45,7 +48,9 @@ def start_ranks() -> Ranks:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if not dist.is_initialized():
         on_gpu = accelerator.device_name() == "cuda"
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        # Under mpirun DeepSpeed takes the port from here alone.
+        port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, distributed_port=port)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")
@@ -145,4 +150,4 @@ def _adopt_slurm_variables() -> None:
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("MASTER_PORT", str(DEFAULT_PORT))

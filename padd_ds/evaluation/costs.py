@@ -23,11 +23,9 @@ def token_costs(model: Any) -> Facts:
     the head included, the embedding not, and full attention over all of them. A tied head is held once. The same
     numbers as `conversion.costs` gives for the teachers and students that it knows.
     """
-    try:
-        routers = find_routers(model)
-    except UserError:
-        routers = []
-    idle = {id(value): _idle_share(model, router) for router in routers for value in router.experts.parameters()}
+    idle = {
+        id(value): _idle_share(model, router) for router in _routers(model) for value in router.experts.parameters()
+    }
     values = dict(model.named_parameters())
     active = {name: value.numel() * (1 - idle.get(id(value), 0.0)) for name, value in values.items()}
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
@@ -42,6 +40,36 @@ def token_costs(model: Any) -> Facts:
         "flops_per_token": round(2 * multiplied) + attention,
         "attention_context_tokens": ATTENTION_CONTEXT,
     }
+
+
+def decode_bytes_per_token(model: Any, batch: int, context: int) -> float:
+    """Bytes of weights and caches that a decoding step reads, per token of its `batch` rows of `context` tokens each.
+
+    Every weight but the embedding's is read once per step, of the routed experts those that a row goes to: the share
+    1 - (1 - K / E)^batch of them if rows chose independently and evenly.
+    """
+    idle = {
+        id(value): _idle_share(model, router) ** batch
+        for router in _routers(model)
+        for value in router.experts.parameters()
+    }
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    values = [
+        value for value in model.parameters() if value is not table or (head is not None and head.weight is table)
+    ]
+    weights = sum(value.numel() * value.element_size() * (1 - idle.get(id(value), 0.0)) for value in values)
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * head_dim_of(config) * context * table.element_size()
+    return weights / batch + cache
+
+
+def _routers(model: Any) -> list[Router]:
+    """None of a dense model."""
+    try:
+        return find_routers(model)
+    except UserError:
+        return []
 
 
 def _idle_share(model: Any, router: Router) -> float:

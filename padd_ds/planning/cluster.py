@@ -24,8 +24,8 @@ class Cluster:
     memory_gib: Positive
     """Of one device; of one rank's share on a cpu."""
     reserved_gib: NonNegative = 2.0
-    """Of it, what the process has taken before it holds a model: context, libraries, the network's buffers. An
-    assumption until it is measured on the machine."""
+    """Of it, what the process takes beside its tensors: context, libraries, the network's buffers. One rank alone took
+    0.95 on an H200; what several take for their network is an assumption."""
     host_memory_gib: Positive = 1000.0
     """Of one node; offloading uses it."""
     tflops: Positive
@@ -38,11 +38,11 @@ class Cluster:
     """That one device sends to other nodes."""
     latency_us: NonNegative = 20.0
     """Of one collective, whatever it moves."""
-    layer_us: NonNegative = 300.0
+    layer_us: NonNegative = 4000.0
     """That one layer's forward pass takes at least, as its operations are started one by one: what small batches, such
-    as a decoding step's, wait for."""
-    tflops_share: Share = 0.4
-    """Of `tflops` that matrix products reach."""
+    as a decoding step's, wait for. Measured once, on an H200 (docs/planning.md)."""
+    tflops_share: Share = 0.2
+    """Of `tflops` that a training step reaches; measured as `layer_us`."""
     bandwidth_share: Share = 0.7
     """Of every bandwidth."""
 
@@ -56,14 +56,15 @@ class Cluster:
         return (self.memory_gib - self.reserved_gib) * 2**30
 
 
-def load_cluster(path: Path, nodes: int | None = None) -> Cluster:
-    """The cluster in `path`, of `nodes` nodes if that is given; UserError names the key that is wrong."""
+def load_cluster(path: Path, nodes: int | None = None, devices_per_node: int | None = None) -> Cluster:
+    """The cluster in `path`, of as many nodes and devices as are given; UserError names the key that is wrong."""
     tree = read_yaml(path, "a cluster file, for example one of ds_configs/clusters/")
     unknown = unknown_keys(tree, Cluster)
     if unknown:
         raise UserError(f"{path}: {unknown[0]}")
     try:
-        return TypeAdapter(Cluster).validate_python(tree | ({} if nodes is None else {"nodes": nodes}))
+        given = {"nodes": nodes, "devices_per_node": devices_per_node}
+        return TypeAdapter(Cluster).validate_python(tree | {key: n for key, n in given.items() if n is not None})
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -48,23 +48,14 @@ def _weight_gradients(student: ModelShape, work: Workload, forward: float) -> fl
 
 
 def decoding_bytes(student: ModelShape, layout: Layout, work: Workload) -> float:
-    """That one decoding step of a rank reads."""
+    """That one decoding step of a rank reads: weights, of the experts those that a token goes to, and the caches."""
     responses = work.prompts_at_once * work.group
-    context = work.prompt_tokens + work.response_tokens / 2
-    return forward_bytes(student, responses, responses * context, layout.value_bytes, layout.expert_parallel)
-
-
-def forward_bytes(
-    model: ModelShape, tokens: float, cached_tokens: float, value_bytes: int, expert_parallel: int = 1
-) -> float:
-    """Weights and caches that one rank's forward pass over `tokens` reads.
-
-    Of its experts those count that a token goes to, if each is as likely as any; all ranks of the expert-parallel group
-    have as many tokens. cached_tokens: of all rows together.
-    """
-    here = model.experts / expert_parallel
+    here = student.experts / layout.expert_parallel if student.experts else 0
     # Tokens of all ranks of the group meet at an expert.
-    reached = 1 - (1 - model.top_k / model.experts) ** (tokens * expert_parallel) if model.experts else 0
-    weights = model.dense_parameters + model.moe_layers * here * reached * model.one_expert
-    caches = cached_tokens * 2 * model.kv_width * model.layers
-    return (weights + caches) * value_bytes
+    reached = (
+        1 - (1 - student.top_k / student.experts) ** (responses * layout.expert_parallel) if student.experts else 0
+    )
+    weights = student.dense_parameters + student.moe_layers * here * reached * student.one_expert
+    context = work.prompt_tokens + work.response_tokens / 2
+    caches = responses * context * 2 * student.kv_width * student.layers
+    return (weights + caches) * layout.value_bytes

@@ -31,11 +31,12 @@ def make_plan(
     cluster_file: Path,
     *,
     nodes: int | None = None,
+    devices_per_node: int | None = None,
     mean_prompt: int | None = None,
     mean_response: int | None = None,
 ) -> Plan:
     """Read the run, the models' shapes and the cluster, and plan; UserError on the first thing that is wrong."""
-    config, cluster = load_run_config(run, overrides), load_cluster(cluster_file, nodes)
+    config, cluster = load_run_config(run, overrides), load_cluster(cluster_file, nodes, devices_per_node)
     path = Path(config.deepspeed)
     tree = load_deepspeed_json(path)
     trust = config.model.trust_remote_code

@@ -144,7 +144,7 @@ def _panels(comparison: Comparison, place: int) -> list[str]:
         with drawing(title, f"set-{place}/{key}", *([height] if height else [])) as result:
             draw(result.axes, PAGE)
         if key.startswith("quality"):
-            caption = f"Bars: 95 % intervals. In the other colour: {first} ({comparison.role})."
+            caption = f"Bars: 95 % intervals. Square: {first} ({comparison.role})."
             parts.append(figure(title, "of greedy responses", "", result.svg, caption))
         else:
             names = legend([(one.name, "") for one in comparison.members[: len(SERIES)]])
@@ -189,7 +189,7 @@ def _questions(comparison: Comparison) -> str:
     for title, places in ((f"Worst questions beside {first}", lost), (f"Best questions beside {first}", won)):
         parts.append(f"<h3>{escape(title)}</h3>")
         shown = [_question(comparison, responses, place) for place in places]
-        parts.append("\n".join(filter(None, shown)) or NO_DATA)
+        parts.append("\n".join(filter(None, shown)) or (NO_DATA if places else '<p class="hint">none</p>'))
     return "\n".join(parts)
 
 

@@ -28,13 +28,15 @@ class Point:
 
 
 def quality_over_cost(points: Sequence[Point], cost: str) -> Draw:
-    """Quality with its interval over `cost`, the first point (the teacher, say) in the second colour."""
+    """Quality with its interval over `cost`; the first point, the teacher's, say, is a square."""
 
     def draw(axes: Axes, palette: Palette) -> None:
         for place, point in enumerate(points):
-            colour = palette.series[1 if place == 0 else 0]
+            colour, mark = palette.series[min(place, len(palette.series) - 1)], "o" if place else "s"
             error = [[point.quality - point.low], [point.high - point.quality]]
-            axes.errorbar([point.cost], [point.quality], yerr=error, fmt="o", color=colour, markersize=5, linewidth=1.4)
+            axes.errorbar(
+                [point.cost], [point.quality], yerr=error, fmt=mark, color=colour, markersize=5, linewidth=1.4
+            )
         _label(axes, points)
         costs = [point.cost for point in points]
         if max(costs) > _LOG_FROM * min(costs) > 0:

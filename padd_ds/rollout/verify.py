@@ -4,7 +4,6 @@ Workers are plain child processes that speak JSON lines: `multiprocessing` (and 
 import the training script, and with it torch, again in each of them.
 """
 
-import contextlib
 import json
 import os
 import queue
@@ -145,12 +144,9 @@ class _Worker:
 
     def _judge_once(self, task: Task, answer_format: AnswerFormat, timeout_s: float) -> Verdict:
         process = self._process or self._start()
-        assert process.stdin is not None
         deadline = time.monotonic() + timeout_s
         try:
-            # A task is read whole before it is worked on, so this does not wait for a busy worker.
-            process.stdin.write(encode_task(*task, answer_format, timeout_s).encode())
-            process.stdin.flush()
+            _send(process, encode_task(*task, answer_format, timeout_s).encode(), deadline)
             return Verdict(**self._receive(deadline))
         except TimeoutError:
             self.close(at_once=True)
@@ -164,8 +160,7 @@ class _Worker:
         if process is None:
             return
         assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+        process.stdin.close()
         try:
             process.wait(timeout=0 if at_once else 2)
         except subprocess.TimeoutExpired:
@@ -176,8 +171,10 @@ class _Worker:
     def _start(self) -> subprocess.Popen[bytes]:
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=-1
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=0
             )
+            assert process.stdin is not None
+            os.set_blocking(process.stdin.fileno(), False)
             self._process = process
             try:
                 ready = self._receive(time.monotonic() + _START_TIMEOUT_S)
@@ -203,3 +200,14 @@ class _Worker:
             self._received += chunk
         line, _, self._received = self._received.partition(b"\n")
         return json.loads(line)
+
+
+def _send(process: "subprocess.Popen[bytes]", task: bytes, deadline: float) -> None:
+    """Write a task; TimeoutError at `deadline` if a process that hangs leaves a part of it unread."""
+    assert process.stdin is not None
+    descriptor = process.stdin.fileno()
+    while task:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0 or not select.select([], [descriptor], [], left_s)[1]:
+            raise TimeoutError
+        task = task[os.write(descriptor, task) :]

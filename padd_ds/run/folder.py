@@ -80,7 +80,9 @@ def drop_lines_from(folder: Path, step: int) -> None:
     for name in LINE_FILES:
         path = folder / name
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] < step]
+            # What follows the last newline is a line that was not finished.
+            *lines, _ = path.read_bytes().split(b"\n")
+            kept = [line.decode() for line in lines if json.loads(line)["step"] < step]
             write_text_whole(path, "".join(line + "\n" for line in kept))
 
 

@@ -1,6 +1,5 @@
 """The training loop: step, log, checkpoint."""
 
-import json
 import sys
 import time
 from contextlib import ExitStack
@@ -12,28 +11,27 @@ from torch.utils.tensorboard import SummaryWriter
 from padd_ds.config.schema import RunConfig
 from padd_ds.engine.checkpoint import Checkpoint, load_checkpoint, rotate_checkpoints, save_checkpoint
 from padd_ds.engine.ranks import Ranks, any_rank
-from padd_ds.files import write_text_whole
+from padd_ds.files import DISK_FULL_HINT, disk_full_is_user_error
 from padd_ds.run.folder import append_line, drop_lines_from
-from padd_ds.run.stop import STOPPED, StoppedEarly, StopRequest
+from padd_ds.run.stop import STOPPED, StopRequest
 from padd_ds.stages.stage import Stage, StepReport
 
 SHOWN = ("loss_lm", "loss_kd", "loss_init", "loss_policy", "reward", "reward_correct", "load_max_violation")
 
 
-def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint | None) -> None:
+def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint | None, stop: StopRequest) -> None:
     """Run the stage from its start, or from a checkpoint, to its last step.
 
-    StoppedEarly, on all ranks and behind a checkpoint, once a signal has reached one of them.
+    StoppedEarly, on all ranks and behind a checkpoint, once `stop` is asked of one of them.
     """
-    folder, start = Path(config.run_dir), 0
+    folder, start = Path(config.run_dir), 0 if resume_from is None else resume_from.step
+    end_if_asked(stop, folder, start, ranks)
     if resume_from is not None:
         load_checkpoint(stage.student, resume_from, stage.load_state)
-        start = resume_from.step
     if ranks.is_main:
         drop_lines_from(folder, start)
         (folder / STOPPED).unlink(missing_ok=True)
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
         logger = Logger(folder, config, start, stack) if ranks.is_main else None
         for step in range(start, config.steps):
             report = stage.step(step)
@@ -44,10 +42,13 @@ def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint
             if stopping or done == config.steps or done % config.checkpoint.every_steps == 0:
                 _checkpoint(stage, config, ranks, done)
             if stopping:
-                name = stop.signal_name or "a signal to another rank"
-                if ranks.is_main:
-                    write_text_whole(folder / STOPPED, json.dumps({"signal": name, "step": done}) + "\n")
-                raise StoppedEarly(f"stopped by {name} after step {done}")
+                raise stop.carried_out(folder, done, ranks.is_main)
+
+
+def end_if_asked(stop: StopRequest, folder: Path, step: int, ranks: Ranks) -> None:
+    """StoppedEarly on all ranks, `step` steps being saved, where `stop` was asked of one of them. Collective."""
+    if any_rank(stop.signal_name is not None, ranks):
+        raise stop.carried_out(folder, step, ranks.is_main)
 
 
 def _checkpoint(stage: Stage, config: RunConfig, ranks: Ranks, step: int) -> None:
@@ -73,7 +74,14 @@ class Logger:
             self._board = stack.enter_context(SummaryWriter(str(folder / "tensorboard"), purge_step=start))
 
     def log(self, step: int, report: StepReport) -> None:
-        """One line each in metrics.jsonl and on the terminal; routing and samples less often."""
+        """One line each in metrics.jsonl and on the terminal; routing and samples less often.
+
+        UserError when the disk is full.
+        """
+        with disk_full_is_user_error(self._folder, DISK_FULL_HINT):
+            self._log(step, report)
+
+    def _log(self, step: int, report: StepReport) -> None:
         log = self._config.log
         last = step + 1 == self._config.steps
         if last or step % log.every_steps == 0:

@@ -1,7 +1,11 @@
-"""A stop that the machine asks for by a signal, put off until the step is done."""
+"""A stop that the machine asks for by a signal, put off until the step, or what is being loaded, is done."""
 
+import json
 import signal
+from pathlib import Path
 from types import FrameType, TracebackType
+
+from padd_ds.files import write_text_whole
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What Slurm sends at preemption or cancellation, and what slurm/*.sbatch ask it to send before the time limit."""
@@ -35,3 +39,10 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = self.signal_name or signal.Signals(number).name
+
+    def carried_out(self, folder: Path, step: int, is_main: bool) -> StoppedEarly:
+        """What all ranks raise behind `step` saved steps, where one was asked to stop; the main one leaves STOPPED."""
+        name = self.signal_name or "a signal to another rank"
+        if is_main:
+            write_text_whole(folder / STOPPED, json.dumps({"signal": name, "step": step}) + "\n")
+        return StoppedEarly(f"stopped by {name} {f'after step {step}, and saved' if step else 'before the first step'}")

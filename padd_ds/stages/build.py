@@ -270,7 +270,7 @@ def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointS
     assert isinstance(inputs.data, TrainingData)
     answer_format, _ = reward_rules(config)
     checker = AnswerChecker(answer_format, workers=config.reward.workers, timeout_s=config.reward.timeout_s)
-    reference = load_reference(config, inputs.dtype, student.ranks.device)
+    reference = load_reference(config, inputs.dtype, student.ranks)
     collector = make_collector(config, student, inputs.tokenizer, inputs.data.problems, checker, inputs.guidance)
     return make_joint_stage(config, student, teacher, reference, collector)
 

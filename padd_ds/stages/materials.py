@@ -125,13 +125,16 @@ def supervised_target(data: DataConfig, problem: Problem) -> str:
     return render_target(problem, target)
 
 
-def load_reference(config: RunConfig, dtype: torch.dtype, device: torch.device) -> Any:
-    """The frozen model that the policy is held to, whole on every rank; None where nothing holds it."""
+def load_reference(config: RunConfig, dtype: torch.dtype, ranks: Ranks) -> Any:
+    """The frozen model that the policy is held to, placed as the teacher is; None where nothing holds it.
+
+    Collective unless it is replicated.
+    """
     if not config.has_rollouts or config.policy.kl_weight == 0:
         return None
     source = config.model.reference or config.model.student
     reference = load_causal_lm(source, dtype, trust_remote_code=config.model.trust_remote_code)
-    return reference.requires_grad_(False).to(device)
+    return place_frozen(reference, config.model.teacher_placement, dtype, ranks)
 
 
 def load_teacher(config: RunConfig, dtype: torch.dtype, ranks: Ranks) -> Any:

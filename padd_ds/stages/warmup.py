@@ -166,8 +166,8 @@ class WarmupStage:
 def _sample_tokens(mask_S: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """`count` positions of real tokens, drawn with replacement so that every rank has as many."""
     real_S = mask_S.nonzero().flatten()
-    generator = torch.Generator(mask_S.device).manual_seed(seed)
-    return real_S[torch.randint(len(real_S), (count,), generator=generator, device=mask_S.device)]
+    drawn_S = torch.randint(len(real_S), (count,), generator=torch.Generator().manual_seed(seed))
+    return real_S[drawn_S.to(real_S.device)]
 
 
 def _target_logits(model: Any, batch: SupervisedBatch) -> torch.Tensor:

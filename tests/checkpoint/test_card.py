@@ -58,6 +58,8 @@ def exported_card(run: Path, **options: Any) -> str:
 
 
 def test_the_card_tells_the_runs_facts(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 2, "rew')
     card = exported_card(run)
     assert metadata_load(run.parent / "my_student" / "README.md") == {
         "base_model": "Owner/Dense",
@@ -141,7 +143,7 @@ def test_megatron_has_a_card_of_its_own(run: Path, monkeypatch: pytest.MonkeyPat
     [
         ("config.yaml", "a: [", "config.yaml: cannot be read"),
         ("environment.json", "[]", "environment.json: holds no keys"),
-        ("metrics.jsonl", '{"step": 0}\n{"st', "metrics.jsonl, line 2: not an object"),
+        ("metrics.jsonl", '{"step": 0}\n{"st\n{"step": 1}\n', "metrics.jsonl, line 2: not an object"),
     ],
 )
 def test_a_damaged_file_is_named_before_anything_is_written(run: Path, name: str, text: str, told: str) -> None:

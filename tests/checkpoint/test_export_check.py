@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from padd_ds.checkpoint import export
 from padd_ds.checkpoint.export import ExportOptions, ExportSummary, export_run
@@ -163,16 +170,20 @@ LARGE = {
 }
 
 
+@pytest.fixture(scope="module")
+def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_large_run(tmp_path_factory.mktemp("large") / "run", torch.float32, **LARGE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("export_format", ["hf", "megatron"])
-def test_a_layer_and_a_shard_are_all_that_is_in_memory(export_format: str, tmp_path: Path) -> None:
+def test_a_layer_and_a_shard_are_all_that_is_in_memory(export_format: str, large_run: Path, tmp_path: Path) -> None:
     if export_format == "megatron":
         pytest.importorskip("megatron.core")
         from padd_ds.checkpoint import megatron  # noqa: F401 (what it takes by itself is no matter here)
-    write_large_run(tmp_path / "run", torch.float32, **LARGE)
-    layer_mib = (
-        sum(torch.Size(shape).numel() for shape in layer_shapes(random_student(**LARGE).config).values()) / 2**18
-    )
+    (tmp_path / "run").symlink_to(large_run)
+    shapes = layer_shapes(AutoConfig.from_pretrained(large_run / "student"))
+    layer_mib = sum(torch.Size(shape).numel() for shape in shapes.values()) / 2**18
     shard_mib = 64
     peak_mib()
     before_mib = peak_mib()

@@ -1,6 +1,7 @@
 """The engine computes what the Hugging Face class computes, whatever the number of ranks."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -69,11 +70,23 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens_BT, mask_BT
 
 
+def send_all_to_two_experts(model: torch.nn.Module, starve: bool) -> None:
+    """Let every token choose experts 0 and 1, so that 2 and 3 get none; or as the scores say."""
+    for name, bias_E in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            bias_E[:2] = 100.0 if starve else 0.0
+
+
 def one_step(
-    ranks: Ranks, stage: int, expert_parallel: int, expert_compute: str = "dispatched"
+    ranks: Ranks,
+    stage: int,
+    expert_parallel: int,
+    expert_compute: str = "dispatched",
+    starving_ranks: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
     """Loss of a step on this rank's share of four sequences, and the weights after it."""
     student = build(ranks, stage, expert_parallel, expert_compute=expert_compute)
+    send_all_to_two_experts(student.model, ranks.rank in starving_ranks)
     tokens_BT, mask_BT = (part.chunk(ranks.world)[ranks.rank] for part in batch())
     student.engine.train()
     logits_BTV = student.engine(input_ids=tokens_BT, attention_mask=mask_BT.long(), use_cache=False).logits
@@ -85,17 +98,26 @@ def one_step(
     }
 
 
-def reference_step() -> dict[str, torch.Tensor]:
+def reference_step(world: int = 1, starving_ranks: Sequence[int] = ()) -> dict[str, Any]:
+    """The same without ranks, one share after the other, and how many experts of a layer had a gradient."""
     model = tiny_student().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    tokens_BT, mask_BT = batch()
-    logits_BTV = model(input_ids=tokens_BT, attention_mask=mask_BT.long(), use_cache=False).logits
-    loss_sum = cross_entropy_sum(logits_BTV[:, :-1], tokens_BT[:, 1:], mask_BT[:, 1:])
-    (loss_sum / mask_BT[:, 1:].sum()).backward()
+    loss_sum, shares = torch.zeros(()), []
+    for rank, (tokens_BT, mask_BT) in enumerate(zip(*(part.chunk(world) for part in batch()), strict=True)):
+        send_all_to_two_experts(model, rank in starving_ranks)
+        logits_BTV = model(input_ids=tokens_BT, attention_mask=mask_BT.long(), use_cache=False).logits
+        loss_sum = loss_sum + cross_entropy_sum(logits_BTV[:, :-1], tokens_BT[:, 1:], mask_BT[:, 1:])
+        shares.append(logits_BTV.detach())
+    (loss_sum / batch()[1][:, 1:].sum()).backward()
     optimizer.step()
+    # What rank 0 saves.
+    send_all_to_two_experts(model, 0 in starving_ranks)
+    gradient_EFD = model.model.layers[0].mlp.experts.gate_up_proj.grad
+    assert gradient_EFD is not None
     return {
         "loss_sum": loss_sum.detach(),
-        "logits": logits_BTV.detach(),
+        "logits": torch.cat(shares),
+        "fed_experts": int(gradient_EFD.abs().amax(dim=(1, 2)).count_nonzero()),
         "state": copy.deepcopy(model.state_dict()),
     }
 
@@ -114,8 +136,24 @@ def reference_step() -> dict[str, torch.Tensor]:
     ],
 )
 def test_a_step_equals_plain_transformers(world: int, stage: int, expert_parallel: int, expert_compute: str) -> None:
-    expected = reference_step()
-    by_rank = run_ranks(one_step, world, stage, expert_parallel, expert_compute)
+    compare_with_reference(reference_step(), run_ranks(one_step, world, stage, expert_parallel, expert_compute))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    ("world", "expert_parallel", "starving_ranks"),
+    [(2, 2, (0, 1)), (4, 4, (0, 1, 2, 3)), (4, 2, (0, 1))],
+    ids=["a rank without tokens", "two ranks without tokens", "one of two replicas without tokens"],
+)
+def test_experts_that_get_no_token_hold_nobody_up(
+    stage: int, world: int, expert_parallel: int, starving_ranks: tuple[int, ...]
+) -> None:
+    expected = reference_step(world, starving_ranks)
+    assert expected["fed_experts"] == (2 if len(starving_ranks) == world else 4)
+    compare_with_reference(expected, run_ranks(one_step, world, stage, expert_parallel, "dispatched", starving_ranks))
+
+
+def compare_with_reference(expected: dict[str, Any], by_rank: list[dict[str, torch.Tensor]]) -> None:
     logits_BTV = torch.cat([result["logits"] for result in by_rank])
     real = batch()[1].bool()
     torch.testing.assert_close(logits_BTV[real], expected["logits"][real], rtol=1e-5, atol=1e-5)
@@ -124,7 +162,7 @@ def test_a_step_equals_plain_transformers(world: int, stage: int, expert_paralle
     for name, tensor in expected["state"].items():
         if ".experts." not in name:
             torch.testing.assert_close(merged[name], tensor, rtol=0, atol=2e-5, msg=name)
-    gate_up_EFD = expected["state"]["model.layers.0.mlp.experts.gate_up_proj"]
+    gate_up_EFD: torch.Tensor = expected["state"]["model.layers.0.mlp.experts.gate_up_proj"]
     for expert in range(4):
         torch.testing.assert_close(
             merged[f"model.layers.0.mlp.experts.{expert}.gate_proj.weight"],

@@ -5,7 +5,7 @@ import pytest
 from padd_ds.conversion.costs import model_costs
 from padd_ds.conversion.families import FAMILIES as TEACHERS
 from padd_ds.conversion.options import Slicing
-from padd_ds.evaluation.costs import model_facts, token_costs
+from padd_ds.evaluation.costs import decode_bytes_per_token, model_facts, token_costs
 from padd_ds.planning.shape import shape_of
 from tests.evaluation.routed_models import FAMILIES, routed_model
 from tests.tiny import tiny_student
@@ -49,3 +49,17 @@ def test_facts_are_plain_values():
     facts = model_facts(tiny_student())
     assert json.loads(json.dumps(facts)) == facts
     assert facts["config"]["n_routed_experts"] == 4 and facts["config"]["model_type"] == "glm4_moe"
+
+
+def test_bytes_of_a_decoding_step_worked_by_hand():
+    student = tiny_student()
+    experts = sum(value.numel() for name, value in student.named_parameters() if ".experts." in name)
+    total = token_costs(student)["total_parameters"]
+    # Two of four experts per row: half of them for one row, 15 of 16 for four. No embedding; 2 * 2 * 8 keys, values.
+    for batch, reached in ((1, 1 / 2), (4, 15 / 16)):
+        weights = total - 64 * 32 - experts * (1 - reached)
+        expected = 4 * (weights / batch + 2 * 2 * 2 * 8 * 100)
+        assert decode_bytes_per_token(student, batch, 100) == pytest.approx(expected)
+    teacher = make_tiny_model()  # its head is its embedding
+    parameters = token_costs(teacher)["total_parameters"]
+    assert decode_bytes_per_token(teacher, 1, 0) == 4 * parameters

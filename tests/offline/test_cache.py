@@ -1,8 +1,6 @@
 """A recorded teacher: its likelihoods come back as they were, only whole and only for what was recorded."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +23,7 @@ from padd_ds.losses.distillation import distillation_sum, recorded_distillation_
 from padd_ds.offline import cache as offline
 from padd_ds.offline.cache import TeacherCache
 from padd_ds.stages.materials import read_training_data
+from tests.commands import run_command
 from tests.largest import LargestFloat32
 from tests.ranks import run_ranks
 from tests.tiny import tiny_student
@@ -299,7 +298,7 @@ def test_mistakes_are_told_and_leave_nothing(folder, more, message):
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_warm_up_without_teacher_has_the_losses_of_one_with(folder, repository):
+def test_a_warm_up_without_teacher_has_the_losses_of_one_with(folder):
     cache.main(arguments(folder))
     student = tiny_student(vocabulary=len(make_tokenizer()))
     student.save_pretrained(folder / "student")
@@ -321,8 +320,7 @@ def test_a_warm_up_without_teacher_has_the_losses_of_one_with(folder, repository
         if name == "live":
             run["model"]["teacher"] = str(folder / "teacher")
         (folder / "run.yaml").write_text(yaml.safe_dump(run))
-        command = [sys.executable, "padd_ds/train.py", "--config", str(folder / "run.yaml")]
-        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=200, check=False)
+        done = run_command("padd_ds/train.py", "--config", folder / "run.yaml")
         assert done.returncode == 0, done.stderr[-2000:]
         lines = (folder / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss_kd"] for line in lines])

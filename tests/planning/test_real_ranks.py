@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench_plan import prepare, run_case
+from tools.bench_plan import ON_CPU, prepare, run_case
 
 SMALL = {"layers": 2, "width": 128, "slice": 64, "experts": 4, "top_k": 2, "vocabulary": 512}
 
@@ -12,10 +12,8 @@ SMALL = {"layers": 2, "width": 128, "slice": 64, "experts": 4, "top_k": 2, "voca
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_bytes_sent_are_those_of_real_ranks(tmp_path: Path) -> None:
-    prepare(tmp_path, SMALL)
+    prepare(tmp_path, SMALL, ON_CPU)
     spread = {"stage3_param_persistence_threshold": 0}  # small parameters would stay whole
-    measured_memory, _, sent, planned = run_case(
-        tmp_path, "warm-up", ("warmup", 3, 2, spread, {"warmup.batch_size": 8})
-    )
-    assert planned == pytest.approx(sent, rel=0.02)
-    assert measured_memory > 0
+    run = run_case(tmp_path, "warm-up", ("warmup", 3, 2, spread, {"warmup.batch_size": 8}), ON_CPU)
+    assert run.planned_sent == pytest.approx(run.sent, rel=0.02)
+    assert run.memory > 0

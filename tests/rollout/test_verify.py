@@ -153,6 +153,23 @@ def test_what_was_asked_of_a_worker_that_died_is_asked_again():
         assert [verdict.status for verdict in verdicts] == ["ok", "ok"]
 
 
+def test_a_worker_that_reads_nothing_costs_the_timeout_however_much_it_is_given():
+    command = [sys.executable, "-c", "import time; print('\"ready\"', flush=True); time.sleep(600)"]
+    with AnswerChecker(command=command, timeout_s=0.5) as checker:
+        verdicts = checker.check([("2", "2"), ("3 " * 2**20, "3")])
+    assert [(verdict.status, verdict.correct) for verdict in verdicts] == [("timeout", False)] * 2
+
+
+def test_a_worker_that_is_stopped_is_replaced():
+    with AnswerChecker(timeout_s=2.0) as checker:
+        before = children()
+        assert checker.check([("2", "2")])[0].correct
+        (worker,) = children() - before
+        os.kill(worker, signal.SIGSTOP)
+        assert [verdict.status for verdict in checker.check([("3", "3"), ("4", "4")])] == ["timeout", "ok"]
+        assert not _running(worker)
+
+
 def test_an_answer_that_kills_two_workers_is_an_error():
     command = [sys.executable, "-c", "print('\"ready\"', flush=True); input()"]
     with AnswerChecker(command=command) as checker:

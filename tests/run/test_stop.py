@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from padd_ds.engine.ranks import Ranks
 from padd_ds.errors import EXIT_CODE_STOPPED
 from padd_ds.run.lock import run_lock
 from padd_ds.run.stop import STOPPED, StopRequest
-from tests.train_inputs import make_inputs, start_training
+from padd_ds.stages import build
+from tests.ranks import run_ranks
+from tests.train_inputs import make_inputs, start_training, train_here
 
 
 def test_a_signal_is_remembered_inside_the_block_and_handled_as_before_behind_it() -> None:
@@ -60,3 +63,41 @@ def test_a_stopped_run_goes_on_as_the_undisturbed_one(tmp_path: Path) -> None:
     assert whole.wait(timeout=120) == 0, whole.communicate()[1]
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     assert not (tmp_path / "stopped" / STOPPED).exists()
+
+
+def train_signalled(ranks: Ranks, inputs: Path, number: int, while_at: str, *more: str) -> tuple[int, str, bool]:
+    """A signal to the last rank while it is at a function of stages/build.py; also whether models were loaded."""
+    happened = {"read_inputs": 0, "load_causal_lm": 0}
+
+    def watched(name: str) -> Any:
+        function = getattr(build, name)
+
+        def watching(*arguments: Any, **options: Any) -> Any:
+            happened[name] += 1
+            if name == while_at and ranks.rank == ranks.world - 1:
+                signal.raise_signal(number)
+            return function(*arguments, **options)
+
+        return watching
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in happened:
+            patch.setattr(build, name, watched(name))
+        code, told = train_here(inputs, f"deepspeed={inputs}/two.json", f"run_dir={inputs}/run", *more)
+    return code, told, happened["load_causal_lm"] > 0
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_signal_while_loading_stops_all_ranks_before_the_first_step(tmp_path: Path) -> None:
+    inputs, run = make_inputs(tmp_path), tmp_path / "run"
+    for number, while_at in ((signal.SIGTERM, "read_inputs"), (signal.SIGUSR1, "load_causal_lm")):
+        found = run_ranks(train_signalled, 2, inputs, int(number), while_at, "--resume-or-start")
+        assert [code for code, _, _ in found] == [EXIT_CODE_STOPPED] * 2
+        assert "before the first step; the same command with --resume goes on" in found[0][1]
+        assert [loaded for _, _, loaded in found] == [while_at == "load_causal_lm"] * 2
+        assert json.loads((run / STOPPED).read_text()) == {"signal": "a signal to another rank", "step": 0}
+        assert not (run / "metrics.jsonl").exists()
+    code, told, _ = run_ranks(train_signalled, 2, inputs, int(signal.SIGTERM), "nothing", "--resume")[0]
+    assert code == 0 and len(metrics(run)) == 1, told
+    assert not (run / STOPPED).exists()

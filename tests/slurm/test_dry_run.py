@@ -7,11 +7,14 @@ import sys
 from tests.train_inputs import REPOSITORY
 
 
-def told(*command: str, **variables: str) -> list[str]:
+def dry_run(*command: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"DRY_RUN": "1", "PADD_PYTHON": sys.executable} | variables
-    done = subprocess.run(
-        ["bash", *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
-    )
+    return subprocess.run(["bash", *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+def told(*command: str, **variables: str) -> list[str]:
+    done = dry_run(*command, **variables)
+    assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
@@ -21,6 +24,17 @@ def test_a_training_shows_its_command_and_its_configuration() -> None:
         assert f"--config ds_configs/runs/{stage}.yaml steps=7 --resume-or-start" in lines[1]
         assert "# padd-export, to models/x" in lines
         assert {f"stage: {stage}", "steps: 7"} <= set(lines)
+
+
+def test_a_job_that_names_a_cluster_is_planned_on_its_own_ranks_and_refused_where_it_cannot_fit() -> None:
+    cluster, run = "ds_configs/clusters/h100.yaml", "ds_configs/plans/paper.yaml"
+    sizes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "8"}
+    refused = dry_run("slurm/joint.sbatch", "steps=7", "--skip-damaged", CLUSTER=cluster, CONFIG=run, **sizes)
+    lines = refused.stdout.splitlines()
+    planned = f"-m padd_ds.plan --config {run} --cluster {cluster} --validate --nodes 2 --devices-per-node 4 steps=7"
+    assert f"# {sys.executable} {planned}" in lines and "joint: 2 nodes of 4, 8 ranks" in lines
+    assert refused.returncode == 2
+    assert refused.stderr == f"error: {run}: does not fit {cluster}; the plan above says what does\n"
 
 
 def test_the_other_jobs_show_their_command() -> None:

@@ -1,5 +1,6 @@
 """The jobs of slurm/ on a real Slurm of two nodes: `make test-slurm` starts one (tools/slurm_testbed.sh)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.run.test_stop import metrics, wait_for_steps
 from tests.train_inputs import REPOSITORY, make_inputs
@@ -34,6 +36,20 @@ def submit(inputs: Path, name: str, **variables: str) -> str:
     options = (f"run_dir={inputs}/{name}", f"deepspeed={inputs}/two.json", f"steps={STEPS}")
     variables = {"CONFIG": f"{inputs}/run.yaml", "PADD_LOGS": f"{inputs}/{name}-logs", **variables}
     return run(*job, "slurm/joint.sbatch", *options, **variables)
+
+
+def pipeline_configs(inputs: Path) -> Path:
+    """A run file for every training, from the one of a joint run."""
+    common = yaml.safe_load((inputs / "run.yaml").read_text()) | {"deepspeed": f"{inputs}/two.json"}
+    common["data"]["fields"] = {"solution": "answer"}
+    configs = inputs / "configs"
+    configs.mkdir()
+    for stage in ("teacher_grpo", "warmup", "joint"):
+        run = common | {"stage": stage, "warmup": {"batch_size": 4}}
+        if stage == "teacher_grpo":
+            del run["model"]["teacher"]
+        (configs / f"{stage}.yaml").write_text(yaml.safe_dump(run))
+    return configs
 
 
 def wait_for(job: str, state: str, timeout_s: float = 300) -> None:
@@ -76,3 +92,27 @@ def test_a_rank_that_is_killed_ends_the_job_and_is_named(tmp_path: Path) -> None
     run("kill", "-KILL", *victims)
     wait_for(job, "FAILED", timeout_s=60)
     assert "task 1: Killed" in (tmp_path / "killed.log").read_text()
+
+
+def test_the_pipeline_goes_from_a_dense_teacher_to_evaluated_models(tmp_path: Path) -> None:
+    inputs, work = make_inputs(tmp_path), tmp_path / "work"
+    told = run(
+        *("slurm/pipeline.sh", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/%x.log"),
+        TEACHER=str(inputs / "teacher"),
+        DATA=str(inputs / "data.jsonl"),
+        WORK=str(work),
+        CONFIGS=str(pipeline_configs(inputs)),
+        CONVERT="--experts 8 --shared-experts 2 --top-k 3 --calibration-field question,answer --calibration-tokens 256",
+        CONVERT_JOB=f"--cpus-per-task=1 --output={tmp_path}/convert.log",
+        EVAL=f"--data {inputs}/data.jsonl --limit 4 --max-new-tokens 4 --template plain",
+        EVAL_JOB=f"--cpus-per-task=1 --output={tmp_path}/eval.log",
+        PADD_LOGS=str(tmp_path / "logs"),
+    )
+    jobs = dict(line.split(": job ") for line in told.splitlines())
+    assert list(jobs) == ["teacher-grpo", "convert", "warmup", "joint", "eval-teacher", "eval-joint"]
+    for job in jobs.values():
+        wait_for(job, "COMPLETED")
+    for model in ("teacher", "converted", "warmed-up", "joint"):
+        assert (work / "models" / model / "config.json").exists()
+    for model in ("teacher", "joint"):
+        assert json.loads((work / "results" / f"{model}.json").read_text())["headline"]["problems"]["problems"] == 4

@@ -282,6 +282,29 @@ def test_a_rank_whose_groups_are_all_dropped_keeps_step_with_the_others(spread_o
     assert (first["moved"] > 1e-4) == (second["moved"] > 1e-4) == bool(spread_on)
 
 
+def one_rank_far_shorter(ranks: Ranks, zero_stage: int) -> dict[str, Any]:
+    """A step in which the first rank's responses end with their first token, and have nothing to learn from."""
+    short = ranks.rank == 0
+    policy = {"updates_per_rollout": 2, "drop_flat_groups": True}
+    checker = FixedChecker(lambda text, gold: not short and len(text) % 2 == 0)
+    config = joint_config(policy=policy, reward={"format_weight": 0.0})
+    stage = make_joint_stage(ranks, config, 2, checker, zero_stage=zero_stage)
+    ends = tuple(range(stage.student.model.config.vocab_size)) if short else (10**6,)
+    engine = dataclasses.replace(stage.collector.engine, end_token_ids=ends)  # type: ignore[type-var]
+    stage.collector = dataclasses.replace(stage.collector, engine=engine)
+    return dict(stage.step(0).metrics)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_ranks_whose_rollouts_differ_as_much_as_they_can_keep_step(zero_stage: int) -> None:
+    first, second = run_ranks(one_rank_far_shorter, 2, zero_stage)
+    assert first["response_tokens"] == second["response_tokens"] == (1 + 6) / 2
+    assert first["groups_without_spread"] >= 0.5
+    agreed = {name for name in first if "second" not in name}
+    assert {name: first[name] for name in agreed} == {name: second[name] for name in agreed}
+    assert first["grad_norm"] > 0 and all(math.isfinite(value) for value in first.values())
+
+
 def guided_steps(ranks: Ranks, replay: str) -> list[dict[str, float]]:
     """Two steps whose own responses are all wrong, the teacher's answer being the gold one."""
     guidance = Guidance(texts={normalise_question(problem.question): [problem.answer] for problem in problems()})

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from padd_ds.checkpoint.export import ExportOptions, export_run
+from tests.commands import run_command
 from tests.tiny import tiny_student
 from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
 
@@ -42,16 +42,15 @@ def write_inputs(folder: Path, *, tied: bool) -> dict[str, Any]:
     }
 
 
-def train(repository: Path, folder: Path, run: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+def train(folder: Path, run: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    command = [sys.executable, "padd_ds/train.py", "--config", str(folder / "run.yaml")]
-    return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=200, check=False)
+    return run_command("padd_ds/train.py", "--config", folder / "run.yaml")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_dense_model_trains_and_its_export_is_the_trained_model(repository: Path, tmp_path: Path, tied: bool) -> None:
-    done = train(repository, tmp_path, write_inputs(tmp_path, tied=tied))
+def test_a_dense_model_trains_and_its_export_is_the_trained_model(tmp_path: Path, tied: bool) -> None:
+    done = train(tmp_path, write_inputs(tmp_path, tied=tied))
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2 and any(one["ratio_deviation"] > 0 for one in metrics)
@@ -70,11 +69,11 @@ def test_a_dense_model_trains_and_its_export_is_the_trained_model(repository: Pa
 
 
 @pytest.mark.slow
-def test_a_model_with_experts_is_refused(repository: Path, tmp_path: Path) -> None:
+def test_a_model_with_experts_is_refused(tmp_path: Path) -> None:
     run = write_inputs(tmp_path, tied=True)
     tiny_student(vocabulary=len(make_tokenizer())).save_pretrained(tmp_path / "student")
     make_tokenizer().save_pretrained(tmp_path / "student")
-    done = train(repository, tmp_path, run | {"model": {"student": str(tmp_path / "student")}})
+    done = train(tmp_path, run | {"model": {"student": str(tmp_path / "student")}})
     assert done.returncode == 2
     assert "student: has experts, but stage teacher_grpo trains a dense model" in done.stderr
     assert not (tmp_path / "run").exists()

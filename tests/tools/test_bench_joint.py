@@ -2,17 +2,23 @@
 
 import json
 import re
-import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from padd_ds.engine.ranks import Ranks
+from tests.commands import run_command
+from tests.ranks import run_ranks
 from tests.tiny import tiny_student
 from tests.world import problems
+from tools import bench_joint
 from tools.bench_joint import VARIANTS, table
 from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
+
+MEASURE = bench_joint.measure
 
 
 def test_ratios_are_those_of_the_same_step() -> None:
@@ -24,17 +30,26 @@ def test_ratios_are_those_of_the_same_step() -> None:
     assert "vanilla: 4.00 s a step (rollout 25 %, scoring 0 %, update 75 %)" in text
 
 
+def measured(ranks: Ranks, arguments: Namespace, names: list[str]) -> dict[str, list[dict[str, float]]]:
+    return MEASURE(arguments, names)
+
+
 @pytest.mark.slow
-def test_every_variant_is_measured(repository: Path, tmp_path: Path) -> None:
+def test_every_variant_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     student, teacher, data = tmp_path / "student", tmp_path / "teacher", tmp_path / "data.jsonl"
     tiny_student(vocabulary=len(make_tokenizer())).save_pretrained(student)
     make_tokenizer().save_pretrained(student)
     teacher.mkdir()
     save_teacher(teacher, make_tiny_model())
     data.write_text("\n".join(json.dumps(asdict(problem)) for problem in problems()) + "\n", encoding="utf-8")
-    command = [sys.executable, "tools/bench_joint.py", "--student", str(student), "--teacher", str(teacher)]
-    command += ["--data", str(data), "--steps", "2", "rollout.prompts=2", "data.part=all", "rollout.max_new_tokens=4"]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = ["tools/bench_joint.py", "--student", str(student), "--teacher", str(teacher), "--data", str(data)]
+    words += ["--steps", "2", "rollout.prompts=2", "data.part=all", "rollout.max_new_tokens=4"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(bench_joint, "measure", lambda *given: run_ranks(measured, 1, *given)[0])
+    monkeypatch.setattr(bench_joint.subprocess, "run", lambda command, **_: run_command(*command[1:]))
+    bench_joint.main()
+    told = capsys.readouterr().out
     for name in VARIANTS:
-        assert re.search(rf"\| {re.escape(name)} \| \d\.\d{{3}} \(.*\| \d+ MiB \|", done.stdout), name
+        assert re.search(rf"\| {re.escape(name)} \| \d\.\d{{3}} \(.*\| \d+ MiB \|", told), name

@@ -1,8 +1,6 @@
 """The tiny teacher: its tokenizer, its loss, a training that repeats, an output that is whole or absent."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from padd_ds.errors import UserError
+from tests.commands import run_command
 from tools.tiny_model import SPECIALS, make_tiny_model, make_tokenizer, save_teacher
 from tools.tiny_problems import distinct_problems, problem_stream, take
 from tools.tiny_teacher import (
@@ -23,14 +22,9 @@ from tools.tiny_teacher import (
     train,
 )
 
-TOOL = Path(__file__).parents[2] / "tools" / "tiny_teacher.py"
+TOOL = "tools/tiny_teacher.py"
 SMALL = ["--hidden-size", "32", "--layers", "2", "--ffn-size", "64", "--heads", "2", "--kv-heads", "1"]
 FEW = ["--threads", "1", "--train-problems", "20", "--test-problems", "5", "--batch-size", "8"]
-
-
-def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_tokenizer_gives_every_problem_back_without_unknown_tokens():
@@ -172,7 +166,7 @@ def test_sampled_shares_are_means_over_the_samples():
 @pytest.mark.slow
 def test_tool_writes_teacher_and_problems(tmp_path: Path):
     output, data = tmp_path / "teacher", tmp_path / "data"
-    done = run_tool("--output", str(output), "--data-output", str(data), "--steps", "3", *SMALL, *FEW)
+    done = run_command(TOOL, "--output", str(output), "--data-output", str(data), "--steps", "3", *SMALL, *FEW)
     assert done.returncode == 0, done.stderr
     assert AutoModelForCausalLM.from_pretrained(output).config.hidden_size == 32
     assert json.loads((output / "tiny_teacher.json").read_text())["steps"] == 3
@@ -191,7 +185,7 @@ def test_tool_refuses_an_existing_output_in_one_line_and_writes_nothing(tmp_path
         "--steps",
         "3",
     ]
-    done = run_tool(*arguments, *SMALL, *FEW)
+    done = run_command(TOOL, *arguments, *SMALL, *FEW)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "--overwrite" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 
 import yaml
@@ -43,9 +44,10 @@ def checksum(document: object) -> str:
 def with_inputs(cells: Iterable[Cell], root: Path) -> list[Cell]:
     """`cells`, each behind what it needs, with the checksums of their inputs; run files are read under `root`."""
     done: dict[str, Cell] = {}
+    read = cache(partial(run_file, root))
     for cell in cells:
         words = sorted({word for command in cell.commands for word in command if word.startswith(RUN_FILES)})
-        files = [run_file(root, word) for word in words]
+        files = [read(word) for word in words]
         done[cell.name] = replace(cell, inputs=checksum([files, [done[name].fingerprint() for name in cell.needs]]))
     return list(done.values())
 

@@ -86,7 +86,7 @@ def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name:
     parts = [HEAD.format(target=target, scale=name, results=results.name, guide=guide, **counts)]
     figures = path.with_name(path.stem)
     figures.mkdir(parents=True, exist_ok=True)
-    tables = {shape: main_rows(there, shape) for shape in scale.shapes}
+    tables = {shape: main_rows(there, shape, seeds) for shape, seeds in scale.seeds.items()}
     tables = {shape: rows for shape, rows in tables.items() if "padd" in rows}
     if tables:
         parts.append(overview(tables, figures))
@@ -110,12 +110,12 @@ def headline(shape: Shape) -> str:
     return shape.title[0].upper() + shape.title[1:]
 
 
-def main_rows(there: dict[str, Result], shape: str) -> dict[str, Group]:
-    """Groups of the main table of a shape, by the keys of TITLES, in its order."""
+def main_rows(there: dict[str, Result], shape: str, seeds: Sequence[int]) -> dict[str, Group]:
+    """Groups of the main table of a shape, by the keys of TITLES, in its order; `seeds`: those of the shape."""
     rows: dict[str, Group] = defaultdict(list)
     for result in there.values():
         kind, method = result["kind"], result.get("method")
-        if result.get("shape", shape) == shape:
+        if result.get("shape", shape) == shape and result["seed"] in seeds:
             if method in METHODS or method == "dense-grpo":
                 rows[method].append(result)
             elif kind in MAIN_ROWS:

@@ -255,8 +255,8 @@ class Plan:
 def all_cells(scale: Scale) -> list[Cell]:
     """Every cell of a scale, each once, the main table first."""
     plan = Plan(scale=scale)
-    cells = [cell for seed in scale.seeds for shape in scale.shapes for cell in plan.main_table(seed, shape)]
+    cells = [cell for shape, seeds in scale.seeds.items() for seed in seeds for cell in plan.main_table(seed, shape)]
     for shape in scale.searched:
-        cells += Plan(scale=scale, split="validation").search(scale.seeds[0], shape)
+        cells += Plan(scale=scale, split="validation").search(scale.seeds[shape][0], shape)
     cells += [cell for seed in scale.part_seeds for cell in plan.parts(seed, scale.shapes[0])]
     return with_inputs({cell.name: cell for cell in cells}.values(), ROOT)

@@ -3,7 +3,8 @@
 What all runs of a stage share stands in ds_configs/runs/repro_*.yaml and smollm2_*.yaml.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +131,13 @@ class Scale:
     responses: int = 4
     """That the tuned teacher writes to every question of part C; its right ones are learnt in Stage I b. 0: none."""
     calibration_tokens: int = 16384
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Of the main table; teacher, conversion, warm-up and joint training all follow from one."""
-    part_seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Mapping[str, tuple[int, ...]] = field(
+        default_factory=lambda: {"three-quarters": (0, 1, 2, 3, 4), "half": (5, 6, 7), "twice": (8, 9, 10)}
+    )
+    """Of every shape's main rows; teacher, conversion, warm-up and joint training all follow from one. Shapes share no
+    seed, so that each can be measured on a machine of its own: another one makes other teachers of the same seed."""
+    part_seeds: tuple[int, ...] = (2, 3, 4)
     """Of ablations, Choices and other students, in the first shape; IDEAS have the first of them."""
-    shapes: tuple[str, ...] = ("three-quarters", "half", "twice")
     methods: tuple[str, ...] = ("vanilla-grpo", "gspo", "rspo", "online-kd", "padd")
     dense: bool = True
     """Whether there is a dense model of the student's active size."""
@@ -143,6 +146,10 @@ class Scale:
     test_problems: int = 200
     searched: tuple[str, ...] = ("three-quarters",)
     """Shapes with a search for learning rates and weights, on validation questions."""
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        return tuple(self.seeds)
 
 
 SCALES = {
@@ -154,10 +161,9 @@ SCALES = {
         joint_rollouts=24,
         responses=1,
         calibration_tokens=4096,
-        seeds=(0,),
+        seeds={"three-quarters": (0,)},
         part_seeds=(),
         searched=(),
-        shapes=("three-quarters",),
         test_problems=60,
     ),
     "smallest": Scale(
@@ -170,10 +176,9 @@ SCALES = {
         warmup_steps=1,
         joint_rollouts=1,
         calibration_tokens=512,
-        seeds=(0,),
+        seeds={"half": (0,)},
         part_seeds=(),
         searched=(),
-        shapes=("half",),
         # Its teacher answers nothing right.
         responses=0,
         train_problems=40,
@@ -188,10 +193,9 @@ SCALES = {
         joint_rollouts=20,
         responses=0,
         calibration_tokens=8192,
-        seeds=(0,),
+        seeds={"smollm2": (0,)},
         part_seeds=(),
         searched=(),
-        shapes=("smollm2",),
         methods=("vanilla-grpo", "padd"),
         dense=False,
         test_problems=250,
