@@ -16,6 +16,8 @@ MODEL ?=
 BEFORE ?=
 RESULTS ?= results
 EVAL_ARGS ?=
+# Tasks of lm-eval, separated by commas.
+TASKS ?=
 LAUNCH ?= $(BIN)/padd-eval
 BENCHMARKS := gsm8k math500 aime24 amc23 minerva olympiadbench
 
@@ -36,8 +38,8 @@ STUDENT ?= repro/full/seed0/half/warmed-up/model
 TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-gpu test-faults $(BENCHMARKS:%=eval-%) eval-all eval-routing \
-    check-scorer bench-convert bench-infer bench-joint bench-plan bench-train bench-parity bench-scaling \
+.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-gpu test-faults $(BENCHMARKS:%=eval-%) eval-all \
+    eval-routing eval-general check-scorer bench-convert bench-infer bench-joint bench-plan bench-train bench-parity bench-scaling \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
@@ -101,6 +103,13 @@ eval-routing: $(READY)  ## MODEL=dir DATA=file [BEFORE=dir]: how its experts are
 	@test -e "$(DATA)" || { echo "error: DATA must be a file of problems; EVAL_ARGS names its fields" >&2; exit 2; }
 	$(BIN)/padd-eval --model "$(MODEL)" --data "$(DATA)" --routing-analysis $(if $(BEFORE),--routing-before "$(BEFORE)") \
 	    --output "$(call result,routing)" $(EVAL_ARGS)
+
+eval-general: $(READY)  ## MODEL=dir TASKS=mmlu_pro,humaneval,...: tasks of lm-eval (the extra [general]; docs/evaluation.md)
+	$(call need-model,general)
+	@test -n "$(TASKS)" || { echo "error: TASKS is not set; for example TASKS=mmlu_pro, and $(BIN)/lm_eval ls tasks lists them" >&2; exit 2; }
+	@test -x $(BIN)/lm_eval || { echo "error: lm-eval is not installed; run $(BIN)/pip install --editable '.[general]'" >&2; exit 2; }
+	$(BIN)/lm_eval run --model hf --model_args pretrained="$(MODEL)",dtype=auto --tasks "$(TASKS)" --log_samples \
+	    --output_path "$(basename $(call result,general))" $(EVAL_ARGS)
 
 check-scorer: $(READY)  ## DATA=folder: gold solutions of all benchmarks must score, wrong answers made of them must not
 	@test -d "$(DATA)" || { echo "error: DATA must be a folder with the benchmarks' files" >&2; exit 2; }

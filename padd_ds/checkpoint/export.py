@@ -9,11 +9,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from padd_ds.checkpoint.card import licence, model_card
+from padd_ds.checkpoint.facts import EXPORT, read_facts
 from padd_ds.checkpoint.handover import Compared, Weights, check_export, trained, why_unchecked
 from padd_ds.checkpoint.layout import STAGE_STATE, STUDENT, WEIGHTS, Checkpoint, choose_checkpoint
 from padd_ds.checkpoint.megatron_layout import megatron_pieces
 from padd_ds.checkpoint.megatron_settings import check_megatron, write_settings
 from padd_ds.checkpoint.weights import EMBEDDING, SavedWeights, locate, saved_weights
+from padd_ds.conversion.card import CARD_NAME
 from padd_ds.errors import UserError
 from padd_ds.files import check_output_free, staged_directory
 from padd_ds.hf import read_config
@@ -63,6 +66,7 @@ def export_run(options: ExportOptions) -> ExportSummary:
             "on the logits; train with balance.target=selection"
         )
     config = json.loads((options.run / STUDENT / "config.json").read_text(encoding="utf-8"))
+    known = read_facts(options.run, checkpoint)
     weights = saved_weights(checkpoint, config, options.dtype)
     if options.format == "megatron":
         check_megatron(options.run / STUDENT, weights.path_of)
@@ -72,7 +76,12 @@ def export_run(options: ExportOptions) -> ExportSummary:
         WRITERS[options.format](weights, staged, options)
         told = _check(checkpoint, staged, weights, options) if options.check else "not checked"
         facts = {"run": options.run.name, "step": checkpoint.step, "stage": checkpoint.facts["stage"], "check": told}
-        (staged / "padd_export.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        facts["earlier"] = known.earlier
+        (staged / EXPORT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        for path in licence(known).files:
+            shutil.copyfile(path, staged / path.name)
+        card = model_card(options.output.name, known, config, weights, told, options.format)
+        (staged / CARD_NAME).write_text(card, encoding="utf-8")
     return ExportSummary(step=checkpoint.step, tensors=len(weights.names), gib=weights.total_bytes / 2**30, check=told)
 
 

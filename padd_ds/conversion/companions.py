@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from padd_ds.conversion.card import CARD_NAME, card_text, code, hub_id, known_as, licence_of
 from padd_ds.conversion.options import ConversionOptions, Slicing
 from padd_ds.errors import UserError
 from padd_ds.hf import load_tokenizer
@@ -26,23 +27,24 @@ TOKENIZER_FILES = (
 )
 TEMPLATE_FOLDER = "additional_chat_templates"
 PROBE_TEXT = "Ada's 12+34 = 46?\n\n  naïve \t<x> 東京 ▁"
-CARD = """---
-base_model: {base}
-library_name: transformers
-tags:
-- mixture-of-experts
----
-# {name}
-
-A mixture-of-experts student cut out of the dense model `{base}` by `padd-convert`. It is **not trained yet**:
+STUDENT_KEYS = {
+    "library_name": "transformers",
+    "pipeline_tag": "text-generation",
+    "tags": ["padd", "moe", "distillation"],
+}
+"""Front matter of every student's card."""
+CARD = """\
+A mixture-of-experts student cut out of the dense model {base} by `padd-convert`. It is **not trained yet**:
 with all experts active it equals its teacher, with {top_k} of {routed} routed experts it is weaker.
 
 Every FFN of {width} neurons is cut into {experts} slices of {slice_width}: {shared} always on, {routed} routed,
 {top_k} of them per token ({active:.0%} of the FFN active). Groups: `{cluster}`; router: `{router}`; seed {seed}.
 
 `padd_conversion.json` holds the figures of the conversion, `padd_targets.safetensors` what the training needs.
-The licence is the teacher's.
-"""
+
+## Licence
+
+{licence}"""
 
 
 def check_tokenizer(teacher: Path, student_config: Any, trust_remote_code: bool) -> None:
@@ -95,11 +97,13 @@ def write_generation_config(teacher: Path, student: Path, config: Any) -> None:
         GenerationConfig.from_model_config(config).save_pretrained(student)
 
 
-def write_card(folder: Path, options: ConversionOptions, slicing: Slicing) -> None:
-    """A short README.md for the student."""
-    text = CARD.format(
-        base=Path(options.teacher).name if Path(options.teacher).exists() else options.teacher,
-        name=options.output.name,
+def write_card(folder: Path, teacher: Path, options: ConversionOptions, slicing: Slicing) -> None:
+    """A short README.md for the student, with the licence of the `teacher` folder, whose text goes along."""
+    licence = licence_of([teacher])
+    for path in licence.files:
+        shutil.copyfile(path, folder / path.name)
+    body = CARD.format(
+        base=code(known_as(options.teacher)),
         top_k=slicing.top_k,
         routed=slicing.routed,
         width=slicing.width,
@@ -110,5 +114,7 @@ def write_card(folder: Path, options: ConversionOptions, slicing: Slicing) -> No
         cluster=options.cluster,
         router=options.router,
         seed=options.seed,
+        licence=licence.told(),
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    keys = {"base_model": hub_id(str(teacher)) or hub_id(options.teacher), **licence.keys, **STUDENT_KEYS}
+    (folder / CARD_NAME).write_text(card_text(keys, options.output.name, [body]), encoding="utf-8")

@@ -115,7 +115,7 @@ def _write_companions(plan: Plan, result: Path) -> None:
     plan.student_config.save_pretrained(result)
     write_generation_config(plan.teacher.folder, result, plan.teacher.config)
     copy_tokenizer(plan.teacher.folder, result, plan.options.trust_remote_code)
-    write_card(result, plan.options, plan.slicing)
+    write_card(result, plan.teacher.folder, plan.options, plan.slicing)
 
 
 def _write_targets(plan: Plan, targets: list[LayerTargets], result: Path) -> None:

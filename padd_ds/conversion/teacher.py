@@ -23,7 +23,18 @@ from padd_ds.files import sha256_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.py"]
+DOWNLOADED = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "tokenizer*",
+    "*.model",
+    "*.txt",
+    "*.py",
+    "README.md",
+    "LICEN[SC]E*",
+    "NOTICE*",
+]
 CHUNK_BYTES = 1 << 23
 LENGTH_BYTES = 8  # of the number that a safetensors file begins with: how long its header is
 STORED_DTYPES = {

@@ -16,6 +16,7 @@ from typing import Any
 from padd_ds.checkpoint.layout import STUDENT, Checkpoint
 from padd_ds.config.load import as_yaml
 from padd_ds.config.schema import RunConfig
+from padd_ds.conversion.card import CARD_NAME, LICENCE_FILES
 from padd_ds.errors import UserError
 from padd_ds.files import staged_directory, write_text_whole
 
@@ -50,13 +51,17 @@ def start_run_folder(folder: Path, config: RunConfig, world: int, resumed: Check
 
 
 def keep_student_files(folder: Path, model: Any, tokenizer: Any, source: Path) -> None:
-    """Put all that an exported student needs but its weights into the run: config, tokenizer, conversion files."""
+    """Put all that an exported student needs but its weights into the run.
+
+    That is config, tokenizer, conversion files, card and licence.
+    """
     with staged_directory(folder / STUDENT, overwrite=True) as staged:
         model.config.save_pretrained(staged)
         model.generation_config.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        for path in source.glob("padd_*") if source.is_dir() else ():
-            shutil.copy2(path, staged / path.name)
+        for pattern in ("padd_*", CARD_NAME, *LICENCE_FILES) if source.is_dir() else ():
+            for path in source.glob(pattern):
+                shutil.copy2(path, staged / path.name)
 
 
 def environment(world: int) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""Pages in a real browser, where Debian's Chromium is installed: nothing loaded, no complaint, nothing cut off."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from padd_ds.evaluation.comparison import compare
+from padd_ds.report.comparison_page import comparison_page
+from padd_ds.report.conversion_page import conversion_page
+from padd_ds.report.routing_page import routing_page
+from tests.evaluation.made_up_results import make_result
+from tests.report.made_up_run import make_run
+from tests.report.test_conversion_page import figures
+from tests.report.test_page import report
+from tests.report.test_routing_page import analysis
+
+PROGRAMS = [path for name in ("chromium-headless-shell", "chromium") if (path := shutil.which(name))]
+WIDTHS = (500, 1400)
+"""Pixels; Chromium's windows are no narrower than the first."""
+PROBE = (
+    "<script>const root = document.documentElement;"
+    "root.dataset.beyond = root.scrollWidth - root.clientWidth; root.dataset.width = innerWidth</script>"
+)
+"""Writes down how far a page is wider than its window."""
+POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+
+pytestmark = pytest.mark.skipif(not PROGRAMS, reason="needs Debian's chromium or chromium-headless-shell")
+
+
+def problems(html: str, folder: Path, width: int) -> list[str]:
+    """What a window of that width shows to be wrong with a page."""
+    network = folder / "network.json"
+    _, said = browse(html, folder, width, f"--log-net-log={network}")
+    asked = re.findall(r'"url":"([^"]*)"', network.read_text(encoding="utf-8"))
+    wrong = said + [f"asked for {url}" for url in asked if not url.startswith(("file:", "data:"))]
+    # The page itself allows no script.
+    root = re.search(r"<html[^>]*>", browse(POLICY.sub("", html) + PROBE, folder, width)[0])
+    assert root is not None and f'data-width="{width}"' in root[0]
+    return wrong if 'data-beyond="0"' in root[0] else [*wrong, f"wider than its window of {width}: {root[0]}"]
+
+
+def browse(html: str, folder: Path, width: int, *options: str) -> tuple[str, list[str]]:
+    """The page as the browser has it in the end, and what stands in the console."""
+    page = folder / "page.html"
+    page.write_text(html, encoding="utf-8")
+    command = [PROGRAMS[0], "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--enable-logging=stderr"]
+    command += [*options, "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+
+
+def pages(folder: Path) -> dict[str, str]:
+    """Every kind of page, of made-up figures."""
+    results = [
+        make_result(folder / "teacher.json", "110011", "110011110011", max_new_tokens=100),
+        make_result(folder / "student.json", "100111", "110011000000", costs=(50, 120), max_new_tokens=200),
+    ]
+    return {
+        "report": report(folder, make_run(folder / "run")),
+        "conversion": conversion_page(figures()),
+        "comparison": comparison_page(compare(results)),
+        "routing": routing_page(analysis()),
+    }
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.slow
+def test_pages_need_nothing_and_fit(tmp_path: Path, width: int) -> None:
+    found = {name: problems(html, tmp_path, width) for name, html in pages(tmp_path).items()}
+    assert not any(found.values()), found
+
+
+def test_a_bad_page_is_seen(tmp_path: Path) -> None:
+    html = '<!doctype html><p style="width: 700px">x</p><img src="http://127.0.0.1:9/a.png"><script>missing()</script>'
+    told = "\n".join(problems(html, tmp_path, WIDTHS[0]))
+    assert "missing is not defined" in told and "asked for http://127.0.0.1:9/a.png" in told
+    assert "wider than its window of 500" in told
