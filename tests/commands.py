@@ -36,6 +36,9 @@ class Command:
     def terminate(self) -> None:
         self._process.terminate()
 
+    def kill(self) -> None:
+        self._process.kill()
+
     def wait(self, timeout: float = 200) -> int:
         self._process.join(timeout)
         if self.returncode is None:

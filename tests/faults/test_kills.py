@@ -74,4 +74,6 @@ def test_a_run_that_is_struck_at_random_moments_ends_as_the_undisturbed_one(tmp_
     whole = launch(inputs, "whole")
     assert whole.wait(timeout=300) == 0, (tmp_path / "whole.log").read_text()[-3000:]
     assert metrics(tmp_path / "struck") == metrics(tmp_path / "whole")
+    sampled = [(tmp_path / name / "samples.jsonl").read_text() for name in ("struck", "whole")]
+    assert sampled[0] == sampled[1] != ""
     assert len(metrics(tmp_path / "whole")) == STEPS
