@@ -220,7 +220,8 @@ def ahead(group: Group, padd: Group, score: Score = greedy) -> str:
     text = f"{100 * questions.mean:+.1f} ({100 * questions.low:+.1f} to {100 * questions.high:+.1f})"
     if len(pairs) > 1:
         means = [sum(a) / len(a) - sum(b) / len(b) for a, b in zip(left, right, strict=True)]
-        text += f", p {over_seeds(means).p_value:.3f}"
+        p_value = over_seeds(means).p_value
+        text += f", p {p_value:.3f}" if p_value >= 0.001 else ", p < 0.001"
     return text
 
 
