@@ -221,6 +221,7 @@ def ahead(group: Group, padd: Group, score: Score = greedy) -> str:
     if len(pairs) > 1:
         means = [sum(a) / len(a) - sum(b) / len(b) for a, b in zip(left, right, strict=True)]
         p_value = over_seeds(means).p_value
+        assert p_value is not None  # there are several seeds
         text += f", p {p_value:.3f}" if p_value >= 0.001 else ", p < 0.001"
     return text
 
