@@ -45,7 +45,7 @@ def main(teacher: str, calibration: str, folder: str) -> None:
         if output.exists():
             resumed += 1
             assert contents(output) == expected
-            output.rename(Path(folder) / f"after-{killed}")
+            output.rename(Path(folder) / f"after-{resumed}")
     run_in_child(options)
     assert contents(output) == expected
     assert not list(Path(folder).glob(".*"))
