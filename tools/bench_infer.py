@@ -5,12 +5,8 @@ Legend: B rows, T prompt tokens.
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from padd_ds.errors import UserError, run_cli
 from padd_ds.evaluate import load
 from padd_ds.evaluation.costs import decode_bytes_per_token, token_costs
 from padd_ds.report.numbers import scaled
+from tools.measuring import in_own_process, peak_mib, timed
 
 PHASES = ("prefill", "decode")
 Rates = dict[tuple[str, int, str], list[float]]
@@ -52,9 +49,9 @@ def main() -> None:
     models = {name: load(getattr(arguments, name), arguments.device, arguments.dtype)[0] for name in names}
     if arguments.only:
         time_batch(models[arguments.only], max(arguments.batch_sizes), arguments.prompt_tokens, arguments.new_tokens)
-        print(json.dumps(peak_mib()))
+        print(json.dumps(peak_mib(models[arguments.only].device)))
         return
-    memory = {name: memory_of(name) for name in models}
+    memory = {name: in_own_process(name) for name in models}
     rates = measure(models, arguments)
     print(cost_table(models, memory, arguments.batch_sizes, arguments.prompt_tokens + arguments.new_tokens // 2))
     print(rate_table(rates))
@@ -78,7 +75,7 @@ def time_batch(model: Any, batch: int, prompt_tokens: int, new_tokens: int, seed
     """Tokens per second of a prefill of `batch` random prompts, and of the greedy decoding behind it."""
     generator = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(model.config.vocab_size, (batch, prompt_tokens), generator=generator).to(model.device)
-    output, prefill_s = _timed(lambda: model(input_ids=ids_BT, use_cache=True, logits_to_keep=1), model.device)
+    output, prefill_s = timed(lambda: model(input_ids=ids_BT, use_cache=True, logits_to_keep=1), model.device)
 
     def decode() -> None:
         result = output
@@ -86,33 +83,8 @@ def time_batch(model: Any, batch: int, prompt_tokens: int, new_tokens: int, seed
             next_B1 = result.logits[:, -1:].argmax(-1)
             result = model(input_ids=next_B1, past_key_values=result.past_key_values, use_cache=True)
 
-    _, decode_s = _timed(decode, model.device)
+    _, decode_s = timed(decode, model.device)
     return batch * prompt_tokens / prefill_s, batch * new_tokens / decode_s
-
-
-def _timed(action: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    def wait() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
-    wait()
-    start = time.perf_counter()
-    result = action()
-    wait()
-    return result, time.perf_counter() - start
-
-
-def peak_mib() -> float:
-    """The most memory that this process has held: of the accelerator where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def memory_of(name: str) -> float:
-    """Peak memory of the largest batch of a model in a process of its own, MiB."""
-    own = subprocess.run([sys.executable, *sys.argv, "--only", name], stdout=subprocess.PIPE, text=True, check=True)
-    return float(json.loads(own.stdout.splitlines()[-1]))
 
 
 def cost_table(models: dict[str, Any], memory: dict[str, float], batches: list[int], context: int) -> str:

@@ -5,9 +5,7 @@ The same student, prompts and seed under each variant; steps are taken in turn, 
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -17,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from padd_ds.config.load import load_run_config
 from padd_ds.engine.ranks import start_ranks, stop_ranks
@@ -24,6 +23,7 @@ from padd_ds.errors import run_cli
 from padd_ds.launcher import launched_rank
 from padd_ds.stages.build import open_stage, read_inputs
 from padd_ds.train import quiet_libraries
+from tools.measuring import in_own_process, peak_mib
 
 PHASES = ("rollout", "scoring", "update")
 VANILLA = ["policy.objective=grpo", "distillation.weight=0", "balance.kind=loss_free"]
@@ -50,9 +50,9 @@ def main() -> None:
         parser.error(f"--steps {arguments.steps} is too few for a spread; take 2 or more")
     if arguments.only is not None:
         measure(arguments, [arguments.only])
-        print(json.dumps(peak_mib()))
+        print(json.dumps(peak_mib(torch.device(get_accelerator().device_name()))))
         return
-    memory = {} if launched_rank() is not None else {name: memory_of(name) for name in VARIANTS}
+    memory = {} if launched_rank() is not None else {name: in_own_process(name) for name in VARIANTS}
     seconds = measure(arguments, list(VARIANTS))
     if launched_rank() in (None, 0):
         print(table(seconds, memory))
@@ -80,19 +80,6 @@ def measure(arguments: argparse.Namespace, names: list[str]) -> dict[str, list[d
                     seconds[name].append({phase: metrics[f"seconds_{phase}"] for phase in PHASES})
     stop_ranks()
     return seconds
-
-
-def peak_mib() -> float:
-    """The most memory that this process has held: of the accelerator where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def memory_of(name: str) -> float:
-    """Peak memory of a variant in a process of its own, MiB."""
-    own = subprocess.run([sys.executable, *sys.argv, "--only", name], stdout=subprocess.PIPE, text=True, check=True)
-    return float(json.loads(own.stdout.splitlines()[-1]))
 
 
 def table(seconds: dict[str, list[dict[str, float]]], memory: dict[str, float]) -> str:

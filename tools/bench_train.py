@@ -9,7 +9,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from padd_ds.planning.compute import forward_flops
 from padd_ds.planning.shape import shape_of
 from padd_ds.train import quiet_libraries
 from tools.bench_plan import ON_CPU, ON_GPU, prepare
+from tools.measuring import timed
 
 HUGGING_FACE = ("eager", "batched_mm", "grouped_mm")
 OURS = ("dispatched", "masked")
@@ -68,12 +68,12 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(arguments.steps + 1):
             for name, step in steps.items():
-                taken_s = timed(partial(step, batch_BT), on_gpu)
+                taken_s = timed(partial(step, batch_BT), ranks.device)[1]
                 if turn > 0:
                     seconds[name].append(taken_s)
         model = shape_of(read_config(str(folder / "student")), "the student")
     flops = 3 * forward_flops(model, rows * tokens, tokens, rows * tokens)
-    rate = gemm_rate(ranks.device, on_gpu)
+    rate = gemm_rate(ranks.device)
     print(table(seconds, rows * tokens, flops, rate))
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     print(f"\n{model.parameters / 1e9:.2f}e9 parameters, {model.active_parameters / 1e9:.2f}e9 active; {shape}")
@@ -139,22 +139,11 @@ def loss_of(model: Any, batch_BT: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), batch_BT[:, 1:].flatten())
 
 
-def timed(action: Callable[[], Any], on_gpu: bool) -> float:
-    """Seconds until the device is done with it."""
-    if on_gpu:
-        torch.cuda.synchronize()
-    started_s = time.perf_counter()
-    action()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started_s
-
-
-def gemm_rate(device: torch.device, on_gpu: bool) -> float:
+def gemm_rate(device: torch.device) -> float:
     """Operations a second of a square matrix product, the best of ten."""
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (2048, torch.float32)
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(lambda: left @ right, on_gpu) for _ in range(10))
+    return 2 * size**3 / min(timed(lambda: left @ right, device)[1] for _ in range(10))
 
 
 def table(seconds: dict[str, list[float]], tokens: int, flops: float, rate: float) -> str:

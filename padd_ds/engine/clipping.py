@@ -19,18 +19,18 @@ def clip_by_whole_norm(engine: Any, expert_group: Any) -> None:
     """
 
     def clip() -> None:
-        trained = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-        norm = whole_norm(trained, expert_group)
-        clip_grads_with_norm_(trained, engine.gradient_clipping(), norm)
+        parameters = list(engine.module.parameters())
+        norm = whole_norm(parameters, expert_group)
+        clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
         engine._global_grad_norm = float(norm)
 
     engine.clip_fp32_gradients = clip
 
 
-def whole_norm(trained: Iterable[torch.nn.Parameter], expert_group: Any) -> torch.Tensor:
+def whole_norm(parameters: Iterable[torch.nn.Parameter], expert_group: Any) -> torch.Tensor:
     """Scalar: the norm of the gradients that every rank has, and of those of all ranks' experts. Collective."""
     gradients: dict[bool, list[torch.Tensor]] = {False: [], True: []}
-    for parameter in trained:
+    for parameter in parameters:
         if parameter.grad is not None:
             gradients[is_moe_param(parameter)].append(parameter.grad)
     shared, own = (get_total_norm(gradients[of_experts]).square() for of_experts in (False, True))

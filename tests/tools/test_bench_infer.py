@@ -35,7 +35,7 @@ def command(tmp_path, monkeypatch):
 
 
 def test_costs_and_rates_are_told(command, monkeypatch, capsys):
-    monkeypatch.setattr(bench_infer, "memory_of", lambda name: 12.4)
+    monkeypatch.setattr(bench_infer, "in_own_process", lambda name: 12.4)
     command()
     bench_infer.main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

@@ -14,7 +14,7 @@ from tests.commands import run_command
 from tests.ranks import run_ranks
 from tests.tiny import tiny_student
 from tests.world import problems
-from tools import bench_joint
+from tools import bench_joint, measuring
 from tools.bench_joint import VARIANTS, table
 from tools.tiny_model import make_tiny_model, make_tokenizer, save_teacher
 
@@ -48,7 +48,7 @@ def test_every_variant_is_measured(
     words += ["--steps", "2", "rollout.prompts=2", "data.part=all", "rollout.max_new_tokens=4"]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(bench_joint, "measure", lambda *given: run_ranks(measured, 1, *given)[0])
-    monkeypatch.setattr(bench_joint.subprocess, "run", lambda command, **_: run_command(*command[1:]))
+    monkeypatch.setattr(measuring.subprocess, "run", lambda command, **_: run_command(*command[1:]))
     bench_joint.main()
     told = capsys.readouterr().out
     for name in VARIANTS:
