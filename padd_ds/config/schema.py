@@ -17,6 +17,7 @@ from padd_ds.config.sections import (
     RewardConfig,
     RolloutConfig,
     RoutingConfig,
+    VllmConfig,
     WarmupConfig,
     section,
 )
@@ -45,6 +46,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     warmup: WarmupConfig = Field(default_factory=WarmupConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    vllm: VllmConfig = Field(default_factory=VllmConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
     distillation: DistillationConfig = Field(default_factory=DistillationConfig)
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
@@ -101,6 +103,15 @@ class RunConfig:
         return self
 
     @model_validator(mode="after")
+    def _vllm_draws_and_tells_what_it_can(self) -> "RunConfig":
+        if self.rollout.engine == "vllm" and self.routing.replay == "rollout":
+            raise ValueError(
+                "routing.replay is rollout, but vLLM's experts are not known to the trainer: set routing.replay to "
+                "old_policy or off, or rollout.engine=hf"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _guidance_is_not_the_rollouts(self) -> "RunConfig":
         if self.rollout.guidance is not None and self.policy.importance_cap is not None:
             raise ValueError(
@@ -133,6 +144,11 @@ class RunConfig:
     def reads_corpora(self) -> bool:
         """Whether the stage learns from tokenised corpora instead of problems."""
         return self.stage == "warmup" and bool(self.warmup.corpora)
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether vLLM servers draw the responses."""
+        return self.has_rollouts and self.rollout.engine == "vllm"
 
     def measures_gradients(self, step: int) -> bool:
         """Whether the terms' own gradients are measured at a step."""

@@ -150,6 +150,9 @@ class WarmupConfig:
 
 @section
 class RolloutConfig:
+    engine: Literal["hf", "vllm"] = "hf"
+    """What draws the responses: transformers' generate on the student as it is trained, or vLLM servers that are given
+    its weights before every rollout (section vllm)."""
     prompts: Count = 16
     """Prompts per rollout, over all ranks. PADD: 16."""
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -167,6 +170,49 @@ class RolloutConfig:
     guidance: str | None = None
     """Folder written by padd-cache with --responses. In a group without a right response, the last one gives way to one
     of the teacher's right ones to that question, where there is one. Default: the student's own responses alone."""
+
+
+@section
+class VllmConfig:
+    """The servers of rollout.engine=vllm. docs/rollouts.md tells how to install vLLM and what to set when."""
+
+    python: str | None = None
+    """Python that has vLLM, which may be another environment's; default: the one that trains."""
+    ranks_per_server: Count = 1
+    """Neighbouring ranks of one node that share a server; the first of them starts it."""
+    tensor_parallel: Count = 1
+    """GPUs of a server: those of the first of its ranks."""
+    memory_share: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of a GPU's memory that a server takes while it is awake, weights included. (On a CPU: of the host's.)"""
+    cache_gib: Positive | None = None
+    """GiB for keys and values, in place of what memory_share leaves; on a CPU give it."""
+    sleep: bool | None = None
+    """Whether a server gives its memory back while the student is trained; default: on a GPU yes, on a CPU, where
+    vLLM cannot, no."""
+    exchange: str | None = None
+    """Folder through which weights go to the servers, whole on every node; default: in the node's own memory
+    (/dev/shm). Experts that are spread over nodes need a folder that all nodes see."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of a node's first server, its next one takes the next; 0: free ones."""
+    start_timeout_s: Positive = 900.0
+    """Seconds until a server is ready."""
+    answer_timeout_s: Positive = 900.0
+    """Seconds that any answer may take, a prompt's whole group of responses too; then the server counts as hung."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often in one rollout a server that died, hangs or answers garbage is started again before the run ends."""
+    arguments: list[str] = Field(default_factory=list)
+    """Further arguments of vLLM's server."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of vLLM's server."""
+
+    @model_validator(mode="after")
+    def _a_server_has_its_ranks_gpus(self) -> "VllmConfig":
+        if self.tensor_parallel > self.ranks_per_server:
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} is more than the GPUs of ranks_per_server "
+                f"{self.ranks_per_server}; raise that"
+            )
+        return self
 
 
 @section

@@ -4,8 +4,9 @@ Legend: E experts on this rank, F expert width, D model width.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import deepspeed
 import deepspeed.comm as dist
@@ -13,7 +14,9 @@ import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 
+from padd_ds.engine.ranks import gather_objects, together
 from padd_ds.engine.student import Student
+from padd_ds.errors import UserError
 
 EXPERT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """DeepSpeed's stacked expert weights and the checkpoint's per-expert names."""
@@ -21,13 +24,46 @@ _STACKED = re.compile(r"(.*\.mlp\.experts)\.(w[123])")
 _LAYER = re.compile(r".*?\.layers\.(\d+)\.")
 
 
-def local_tensors(student: Student) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """(label, tensors by name) of all that this rank is to write: its experts, and on rank 0 everything else.
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What of the weights a rank gives out."""
 
-    One layer at a time, whose tensors are there until the next one is asked for. Over all ranks every tensor of the
-    checkpoint comes up exactly once; replicas of experts keep silent. Collective under ZeRO-3: every rank must go
-    through all layers.
+    experts: bool
+    """Those that it holds."""
+    rest: bool
+
+
+def share_among(student: Student, group: Sequence[int]) -> Share:
+    """This rank's share where the ranks of `group`, itself among them, give out every tensor once. Collective.
+
+    UserError, on all ranks, if some group has not all experts.
     """
+    own = student.layers[0].ep_rank if student.layers else 0
+    expert_ranks = gather_objects(own, student.ranks)
+    here = {expert_ranks[rank] for rank in group}
+    missing = set(range(student.expert_parallel_size)) - here
+
+    def check() -> None:
+        if missing:
+            raise UserError(
+                f"ranks {min(group)} to {max(group)} of one node hold {len(here)} of {student.expert_parallel_size} "
+                "parts of the experts, and its rollout servers need all; set vllm.exchange to a folder that all nodes "
+                "see, or autoep_size to the ranks of a node at most"
+            )
+
+    together(check, student.ranks)
+    me = student.ranks.rank
+    return Share(experts=all(expert_ranks[rank] != own for rank in group if rank < me), rest=me == min(group))
+
+
+def local_tensors(student: Student, share: Share | None = None) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """(label, tensors by name) of this rank's share, by default of what all ranks together hold: then every tensor of
+    the checkpoint comes up on exactly one rank, and replicas of experts keep silent.
+
+    One layer at a time, whose tensors are there until the next one is asked for. Collective under ZeRO-3: every rank
+    must go through all layers.
+    """
+    share = share or Share(experts=_is_first_replica(student), rest=student.ranks.is_main)
     tied = set(student.model.all_tied_weights_keys)  # the same tensor stands under another name too
     by_layer: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in student.model.state_dict(keep_vars=True).items():
@@ -39,15 +75,14 @@ def local_tensors(student: Student) -> Iterator[tuple[str, dict[str, torch.Tenso
         for prefix, layer in student.model.named_modules()
         if isinstance(layer, AutoEPMoELayer)
     }
-    writes_experts = _is_first_replica(student)
     for label, tensors in by_layer.items():
         with gathered(tensors.values()):
             named: dict[str, torch.Tensor] = {}
             for name, tensor in tensors.items():
                 stacked = _STACKED.fullmatch(name)
-                if stacked is not None and writes_experts:
+                if stacked is not None and share.experts:
                     named |= _each_expert(tensor.detach(), stacked[1], stacked[2], firsts[stacked[1]])
-                elif student.ranks.is_main and (plain := checkpoint_name(name)) is not None:
+                elif share.rest and (plain := checkpoint_name(name)) is not None:
                     named[plain] = tensor.detach()
             yield label, named
 

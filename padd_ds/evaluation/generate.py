@@ -1,6 +1,6 @@
 """Responses to many prompts, greedy or sampled.
 
-Legend: B rows of a batch, T tokens, V vocabulary.
+Legend: B rows of a batch, T tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from padd_ds.data.batches import prompt_batch
 from padd_ds.errors import UserError
 from padd_ds.hf import end_token_ids
+from padd_ds.rollout.drawing import DrawByRow
 from padd_ds.rollout.settings import callers_settings_alone
 from padd_ds.seeds import derive_seed
 
@@ -108,38 +109,19 @@ def _generate(
         pad_token_id=tokenizer.pad_token_id,
         stop_strings=list(options.stop) or None,
     )
+    draws = []
+    if options.temperature > 0:
+        draws.append(DrawByRow(seeds, options.max_new_tokens, options.temperature, options.top_p))
     with callers_settings_alone(model):
         ids_BT = model.generate(
             input_ids=batch["input_ids_BT"].to(model.device),
             attention_mask=batch["attention_mask_BT"].to(model.device),
             generation_config=config,
             tokenizer=tokenizer if options.stop else None,
-            logits_processor=LogitsProcessorList([_Draw(options, seeds)] if options.temperature > 0 else []),
+            logits_processor=LogitsProcessorList(draws),
         )
     width = batch["input_ids_BT"].shape[1]
     return [_response(ids, end_ids, tokenizer, options) for ids in ids_BT[:, width:].tolist()]
-
-
-class _Draw(LogitsProcessor):
-    """Makes a drawn token the likeliest one, by each row's own numbers, whatever other rows stand in its batch."""
-
-    def __init__(self, options: GenerationOptions, seeds: Sequence[int]) -> None:
-        self._options = options
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        rows = [torch.rand(options.max_new_tokens, generator=each, dtype=torch.float64) for each in generators]
-        self._steps = iter(torch.stack(rows, dim=1))
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        probabilities_BV = (scores.float() / self._options.temperature).softmax(dim=-1).double()
-        if self._options.top_p < 1:
-            sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
-            outside_BV = sorted_BV.cumsum(dim=-1) - sorted_BV >= self._options.top_p
-            probabilities_BV = probabilities_BV.scatter(-1, order_BV, sorted_BV.masked_fill(outside_BV, 0.0))
-        # Over the vocabulary in its own order: rounding moves a bound between two tokens, but never swaps them.
-        bounds_BV = probabilities_BV.cumsum(dim=-1)
-        drawn_B1 = next(self._steps).to(scores.device)[:, None] * bounds_BV[:, -1:]
-        tokens_B1 = torch.searchsorted(bounds_BV, drawn_B1, right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, float("-inf")).scatter(-1, tokens_B1, 0.0)
 
 
 def _response(ids: list[int], end_ids: list[int], tokenizer: Any, options: GenerationOptions) -> Response:

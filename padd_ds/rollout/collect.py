@@ -67,9 +67,10 @@ class Collector:
             encoded["input_ids_BT"].to(self.device),
             encoded["attention_mask_BT"].to(self.device),
         )
-        # generate() draws from torch's global generator; one seed per step and rank needs no state to resume.
-        torch.manual_seed(derive_seed(self.seed, step, self.rank))
-        responses = self._generate(ids_PT, mask_PT)
+        # By the place in the whole rollout: responses are the same on any number of ranks.
+        seeds = [derive_seed(self.seed, step, place) for place in range(len(rows))][self.rank :: self.world]
+        with self.engine.ready(step):
+            responses = self._generate(ids_PT, mask_PT, seeds)
         texts = self._decode(responses)
         golds = [problem.answer for problem in problems for _ in range(self.options.group_size)]
         rewards = self._score(texts, golds, responses.ended_B.tolist())
@@ -130,7 +131,7 @@ class Collector:
         rewards = [taken.get(row, reward) for row, reward in enumerate(rewards)]
         return with_responses(responses, rows, self.tokenizer.pad_token_id), rewards, len(rows)
 
-    def _generate(self, ids_PT: torch.Tensor, mask_PT: torch.Tensor) -> Responses:
+    def _generate(self, ids_PT: torch.Tensor, mask_PT: torch.Tensor, seeds: list[int]) -> Responses:
         options = self.options
         sampling = Sampling(
             max_new_tokens=options.max_new_tokens,
@@ -139,9 +140,10 @@ class Collector:
             share_prefill=options.share_prefill,
         )
         return generate_in_batches(
-            lambda ids, mask: self.engine.generate(ids, mask, options.group_size, sampling),
+            lambda ids, mask, chunk: self.engine.generate(ids, mask, options.group_size, sampling, chunk),
             ids_PT,
             mask_PT,
+            seeds,
             options.prompts_per_batch or len(ids_PT),
             self.tokenizer.pad_token_id,
         )

@@ -4,7 +4,7 @@ Legend: P prompts, G responses per prompt, B = P * G responses, T prompt tokens 
 R response tokens (right-padded), N MoE layers, K experts per token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from padd_ds.hf import prompt_cache
+from padd_ds.rollout.drawing import DrawByRow
 from padd_ds.rollout.settings import callers_settings_alone
 
 
@@ -48,10 +49,22 @@ class Responses:
 class RolloutEngine(Protocol):
     """Whatever draws responses from the current weights."""
 
+    def ready(self, version: int) -> AbstractContextManager[object]:
+        """Inside, `generate` draws from the weights as they are now, which get this number. Collective."""
+        ...
+
     def generate(
-        self, prompt_ids_PT: torch.Tensor, prompt_mask_PT: torch.Tensor, group_size: int, sampling: Sampling
+        self,
+        prompt_ids_PT: torch.Tensor,
+        prompt_mask_PT: torch.Tensor,
+        group_size: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
     ) -> Responses:
-        """`group_size` responses to each prompt; called by all ranks with the same number of prompts."""
+        """`group_size` responses to each prompt; called by all ranks with the same number of prompts.
+
+        A response is drawn by the seed of its prompt plus its place in the group, whatever stands beside it.
+        """
         ...
 
 
@@ -72,19 +85,33 @@ class HuggingFaceRollout:
 
     keep_logprobs: bool = False
 
+    def ready(self, version: int) -> AbstractContextManager[object]:
+        """Nothing to do: the weights are those of the student itself."""
+        return nullcontext()
+
     @torch.no_grad()
     def generate(
-        self, prompt_ids_PT: torch.Tensor, prompt_mask_PT: torch.Tensor, group_size: int, sampling: Sampling
+        self,
+        prompt_ids_PT: torch.Tensor,
+        prompt_mask_PT: torch.Tensor,
+        group_size: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
     ) -> Responses:
         with self.trace() if self.trace is not None else nullcontext() as passes:
-            responses = self._generate(prompt_ids_PT, prompt_mask_PT, group_size, sampling)
+            responses = self._generate(prompt_ids_PT, prompt_mask_PT, group_size, sampling, seeds)
         if passes is None:
             return responses
         routes_BLNK = assemble_routes(passes, responses.ids_BR.shape, group_size, prefilled=sampling.share_prefill)
         return replace(responses, routes_BLNK=routes_BLNK)
 
     def _generate(
-        self, prompt_ids_PT: torch.Tensor, prompt_mask_PT: torch.Tensor, group_size: int, sampling: Sampling
+        self,
+        prompt_ids_PT: torch.Tensor,
+        prompt_mask_PT: torch.Tensor,
+        group_size: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
     ) -> Responses:
         cache = None
         if sampling.share_prefill:
@@ -96,22 +123,22 @@ class HuggingFaceRollout:
             cache.batch_repeat_interleave(group_size)
         ids_BT = prompt_ids_PT.repeat_interleave(group_size, dim=0)
         mask_BT = prompt_mask_PT.repeat_interleave(group_size, dim=0)
-        sampled = sampling.temperature > 0
         recorder = SampledLogprobs(sampling.temperature or 1.0) if self.keep_logprobs else None
+        processors: list[LogitsProcessor] = [] if recorder is None else [recorder]
+        if sampling.temperature > 0:
+            row_seeds = [seed + place for seed in seeds for place in range(group_size)]
+            processors.append(DrawByRow(row_seeds, sampling.max_new_tokens, sampling.temperature, sampling.top_p))
         with callers_settings_alone(self.model):
             sequences_BL = self.model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 past_key_values=cache,
                 max_new_tokens=sampling.max_new_tokens,
-                do_sample=sampled,
-                temperature=sampling.temperature if sampled else None,
-                top_p=sampling.top_p if sampled else None,
-                top_k=0 if sampled else None,
+                do_sample=False,
                 eos_token_id=list(self.end_token_ids),
                 pad_token_id=self.pad_token_id,
                 synced_gpus=self.ranks_in_step,
-                logits_processor=LogitsProcessorList([] if recorder is None else [recorder]),
+                logits_processor=LogitsProcessorList(processors),
             )
         responses = split_responses(sequences_BL[:, ids_BT.shape[1] :], self.end_token_ids)
         return responses if recorder is None else replace(responses, logprobs_BR=recorder.logprobs(sequences_BL))
@@ -169,15 +196,17 @@ def split_responses(ids_BR: torch.Tensor, end_token_ids: tuple[int, ...]) -> Res
 
 
 def generate_in_batches(
-    generate: Callable[[torch.Tensor, torch.Tensor], Responses],
+    generate: Callable[[torch.Tensor, torch.Tensor, Sequence[int]], Responses],
     ids_PT: torch.Tensor,
     mask_PT: torch.Tensor,
+    seeds: Sequence[int],
     prompts_per_batch: int,
     pad_token_id: int,
 ) -> Responses:
     """`generate` on `prompts_per_batch` prompts at a time, joined and padded to the longest response."""
-    chunks = zip(ids_PT.split(prompts_per_batch), mask_PT.split(prompts_per_batch), strict=True)
-    parts = [generate(ids, mask) for ids, mask in chunks]
+    starts = range(0, len(ids_PT), prompts_per_batch)
+    chunks = [slice(start, start + prompts_per_batch) for start in starts]
+    parts = [generate(ids_PT[chunk], mask_PT[chunk], seeds[chunk]) for chunk in chunks]
     width = max(part.ids_BR.shape[1] for part in parts)
     wide = [widened(part, width, pad_token_id) for part in parts]
 

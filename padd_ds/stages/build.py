@@ -3,7 +3,7 @@
 Everything that a user can get wrong is read and checked here before DeepSpeed starts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,15 +21,15 @@ from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
 from padd_ds.errors import UserError
-from padd_ds.hf import end_token_ids, load_causal_lm, load_tokenizer, read_config
+from padd_ds.hf import load_causal_lm, load_tokenizer, read_config
 from padd_ds.losses.policy import CLIPS, PolicyOptions
 from padd_ds.moe.balance import BalanceOptions
 from padd_ds.offline.cache import TeacherCache
 from padd_ds.rollout.collect import Collector
-from padd_ds.rollout.generation import HuggingFaceRollout
 from padd_ds.rollout.guidance import Guidance
 from padd_ds.rollout.rewards import RewardOptions
 from padd_ds.rollout.verify import AnswerChecker
+from padd_ds.rollout.vllm.server import check_installed
 from padd_ds.stages import joint, warmup
 from padd_ds.stages.materials import (
     TrainingData,
@@ -42,6 +42,7 @@ from padd_ds.stages.materials import (
     prompt_template,
     read_training_data,
 )
+from padd_ds.stages.rollouts import RolloutServers, rollout_engine, rollout_servers
 from padd_ds.stages.stage import Stage
 from padd_ds.stages.supervision import CorpusSupervision, ProblemSupervision, Supervision
 
@@ -90,6 +91,8 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         if config.reads_corpora:
             check_sequence_length(config.warmup.sequence_length, f"model.teacher {config.model.teacher}", teacher)
     reward_rules(config)
+    if config.uses_vllm:
+        check_installed(config.vllm)
     tokenizer = load_tokenizer(config.model.student, trust_remote_code=trust)
     data: TrainingData | Blend
     if config.reads_corpora:
@@ -111,12 +114,19 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
 
 @contextmanager
 def open_stage(inputs: Inputs, ranks: Ranks) -> Iterator[Stage]:
-    """Build the stage; its worker processes end with the block."""
-    builders: dict[str, Callable[[Inputs, Student, Any], Any]] = {
-        "warmup": _warmup_stage,
-        "joint": _joint_stage,
-        "teacher_grpo": _joint_stage,
-    }
+    """Build the stage; its worker processes and rollout servers end with the block."""
+    config = inputs.config
+    # Servers first: they measure what memory there is.
+    with rollout_servers(config, inputs.dtype, ranks) as servers:
+        stage = _build(inputs, ranks, servers)
+        try:
+            yield stage.as_stage()
+        finally:
+            if config.has_rollouts:
+                stage.collector.checker.close()
+
+
+def _build(inputs: Inputs, ranks: Ranks, servers: RolloutServers | None) -> Any:
     config = inputs.config
     student = _student(inputs, ranks)
     teacher = load_teacher(config, inputs.dtype, ranks) if config.needs_teacher else None
@@ -127,12 +137,9 @@ def open_stage(inputs: Inputs, ranks: Ranks) -> Iterator[Stage]:
             check_borders(
                 f"model.student {config.model.student}", student.model, student.model.config.vocab_size, ranks
             )
-    stage = builders[config.stage](inputs, student, teacher)
-    try:
-        yield stage.as_stage()
-    finally:
-        if config.has_rollouts:
-            stage.collector.checker.close()
+    if config.stage == "warmup":
+        return _warmup_stage(inputs, student, teacher)
+    return _joint_stage(inputs, student, teacher, servers)
 
 
 def model_dtype(tree: dict[str, Any]) -> torch.dtype:
@@ -265,13 +272,15 @@ def _warmup_stage(inputs: Inputs, student: Student, teacher: Any) -> warmup.Warm
     )
 
 
-def _joint_stage(inputs: Inputs, student: Student, teacher: Any) -> joint.JointStage:
+def _joint_stage(inputs: Inputs, student: Student, teacher: Any, servers: RolloutServers | None) -> joint.JointStage:
     config = inputs.config
     assert isinstance(inputs.data, TrainingData)
     answer_format, _ = reward_rules(config)
     checker = AnswerChecker(answer_format, workers=config.reward.workers, timeout_s=config.reward.timeout_s)
     reference = load_reference(config, inputs.dtype, student.ranks)
-    collector = make_collector(config, student, inputs.tokenizer, inputs.data.problems, checker, inputs.guidance)
+    collector = make_collector(
+        config, student, inputs.tokenizer, inputs.data.problems, checker, inputs.guidance, servers
+    )
     return make_joint_stage(config, student, teacher, reference, collector)
 
 
@@ -282,18 +291,12 @@ def make_collector(
     problems: list[Problem],
     checker: AnswerChecker,
     guidance: Guidance | None = None,
+    servers: RolloutServers | None = None,
 ) -> Collector:
-    """What draws, checks and weighs the responses of this rank."""
+    """What draws, checks and weighs the responses of this rank. Collective with servers."""
     ranks = student.ranks
     return Collector(
-        engine=HuggingFaceRollout(
-            model=student.model,
-            end_token_ids=tuple(end_token_ids(student.model, tokenizer)),
-            pad_token_id=tokenizer.pad_token_id,
-            ranks_in_step=ranks.world > 1,
-            keep_logprobs=config.policy.importance_cap is not None,
-            trace=student.tracing if student.layers else None,
-        ),
+        engine=rollout_engine(config, student, tokenizer, servers),
         tokenizer=tokenizer,
         problems=problems,
         template=prompt_template(config.data),

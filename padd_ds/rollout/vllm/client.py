@@ -1,0 +1,119 @@
+"""Talks to one vLLM server: weights in, tokens out, every answer checked.
+
+vLLM's routes: /inference/v1/generate (token ids in, token ids out), /health, and those of VLLM_SERVER_DEV_MODE for
+weights, the prefix cache and sleep.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+from padd_ds.rollout.vllm.server import ServerFault
+
+UPDATING = "updating"
+"""The version that a server tells while its weights change; nothing made then is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """`n` responses to one prompt; the one at place i is drawn by the seed `seed` + i."""
+
+    token_ids: list[int]
+    n: int
+    seed: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    end_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One response."""
+
+    token_ids: list[int]
+    """With the end token, where it ended by one."""
+    logprobs: list[float]
+    ended: bool
+
+
+class Client:
+    """`url` of a server, and how long any of its answers may take."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url = url
+        self._timeout_s = timeout_s
+
+    def load(self, parts: Sequence[Mapping[str, Any]], version: str) -> None:
+        """Take over the weights in `parts` as `version`. ServerFault: the weights are then in an unknown state."""
+        self._post("update_weight_version", {"new_version": UPDATING})
+        self._post("start_weight_update")
+        self._post("update_weights", {"update_info": {"parts": list(parts)}})
+        self._post("finish_weight_update", {"weight_version": UPDATING})
+        # Keys and values of the weights before.
+        self._post("reset_prefix_cache")
+        self._post("update_weight_version", {"new_version": version})
+
+    def generate(self, request: Request, version: str) -> list[Answer]:
+        """The responses, in the order of their seeds, all of them made by the weights of `version`."""
+        sampling = {
+            "n": request.n,
+            "seed": request.seed,
+            "max_tokens": request.max_new_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "stop_token_ids": list(request.end_token_ids),
+            "logprobs": 0,
+            "detokenize": False,
+        }
+        told = self._post("inference/v1/generate", {"token_ids": request.token_ids, "sampling_params": sampling})
+        return _checked_answers(told, request, version)
+
+    def sleep(self) -> None:
+        """Give the memory of weights and cache back; both are gone."""
+        self._post("sleep?level=2")
+
+    def wake_up(self, tag: str) -> None:
+        """Take memory again, for `weights` or for the `kv_cache`."""
+        self._post(f"wake_up?tags={tag}")
+
+    def _post(self, route: str, body: Mapping[str, Any] | None = None) -> Any:
+        try:
+            answer = requests.post(f"{self.url}/{route}", json=body, timeout=self._timeout_s)
+            if answer.status_code != 200:
+                raise ServerFault(f"{self.url}/{route} answers {answer.status_code}: {answer.text[:300]}")
+            return answer.json() if answer.content else None
+        except (requests.RequestException, ValueError) as error:
+            raise ServerFault(f"{self.url}/{route}: {error}") from error
+
+
+def _checked_answers(told: Any, request: Request, version: str) -> list[Answer]:
+    """ServerFault for anything that is not what was asked for."""
+    try:
+        choices = sorted(told["choices"], key=lambda choice: choice["index"])
+        if [choice["index"] for choice in choices] != list(range(request.n)):
+            raise ServerFault(f"{len(choices)} responses where {request.n} were asked for")
+        return [_checked_answer(choice, request, version) for choice in choices]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ServerFault(f"an answer without what it must have: {error!r}") from error
+
+
+def _checked_answer(choice: Mapping[str, Any], request: Request, version: str) -> Answer:
+    token_ids = [int(token) for token in choice["token_ids"]]
+    logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+    versions = {span["version"] for span in choice["weight_versions"]}
+    reason = choice["finish_reason"]
+    if versions != {version}:
+        raise ServerFault(f"a response of weights {sorted(versions)} where {version} are meant")
+    if reason not in ("stop", "length") or not 0 < len(token_ids) <= request.max_new_tokens:
+        raise ServerFault(f"a response of {len(token_ids)} tokens that ended by {reason}")
+    if [entry["token_id"] for entry in choice["logprobs"]["content"]] != token_ids:
+        raise ServerFault("log-probabilities of other tokens than the response's")
+    if not all(math.isfinite(logprob) and logprob <= 1e-6 for logprob in logprobs):
+        raise ServerFault("a log-probability that is none")
+    if (token_ids[-1] in request.end_token_ids) != (reason == "stop"):
+        raise ServerFault(f"a response that ended by {reason} with token {token_ids[-1]}")
+    return Answer(token_ids=token_ids, logprobs=logprobs, ended=reason == "stop")

@@ -1,0 +1,69 @@
+"""What vLLM's workers run to take over weights that a trainer wrote into mapped files.
+
+Named on the server's command line as --worker-extension-cls, so that every worker imports it and finds the engine
+under BACKEND. Written against vLLM 0.32.
+"""
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from padd_ds.rollout.vllm.exchange import read_part
+
+BACKEND = "padd_files"
+
+
+@dataclass
+class Nothing(WeightTransferInitInfo):
+    """There is nothing to agree on beforehand."""
+
+
+@dataclass
+class Parts(WeightTransferUpdateInfo):
+    """Files as `WeightBoard.parts` tells them."""
+
+    parts: list[dict[str, Any]]
+
+
+class MappedFiles(WeightTransferEngine[Nothing, Parts]):
+    """Loads tensors under their checkpoint names; vLLM shards, fuses and repacks them as it does at its start."""
+
+    init_info_cls = Nothing
+    update_info_cls = Parts
+
+    def init_transfer_engine(self, init_info: Nothing) -> None:
+        """Nothing to do."""
+
+    def start_weight_update(self) -> None:
+        if self.device.type == "cpu":
+            # vLLM repacks expert weights for its CPU kernel only together with setting the kernel up: without this an
+            # update would leave them in the checkpoint's layout, which the kernel reads as other weights.
+            for module in self.model.modules():
+                method = getattr(module, "quant_method", None)
+                if isinstance(method, UnquantizedFusedMoEMethod):
+                    method.moe_kernel = None
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: Parts) -> None:
+        self.model.load_weights(chain.from_iterable(read_part(part) for part in update_info.parts))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Nothing to do."""
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, MappedFiles)
+
+
+class WorkerExtension:
+    """Adds nothing to a worker: importing this module is all that is wanted."""

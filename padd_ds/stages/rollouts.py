@@ -1,0 +1,142 @@
+"""Which engine draws a run's responses, and the servers that it needs."""
+
+import os
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from padd_ds.config.schema import RunConfig
+from padd_ds.engine.ranks import Ranks, gather_objects, together
+from padd_ds.engine.student import Student
+from padd_ds.engine.weights import local_tensors, share_among
+from padd_ds.errors import UserError
+from padd_ds.hf import end_token_ids
+from padd_ds.rollout.generation import HuggingFaceRollout, RolloutEngine
+from padd_ds.rollout.vllm.engine import Peers, VllmRollout
+from padd_ds.rollout.vllm.exchange import WeightBoard
+from padd_ds.rollout.vllm.server import Server
+
+IN_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutServers:
+    """What this rank knows of the servers of the run."""
+
+    server: Server | None
+    """The one that this rank started."""
+    url: str
+    neighbours: tuple[int, ...]
+    """The ranks that share it."""
+    exchanging: tuple[int, ...]
+    """The ranks whose weights it reads."""
+    folder: Path
+
+
+@contextmanager
+def rollout_servers(config: RunConfig, dtype: torch.dtype, ranks: Ranks) -> Iterator[RolloutServers | None]:
+    """Start the run's vLLM servers, wait for them, and end them with the block; None where it uses none. Collective."""
+    if not config.uses_vllm:
+        yield None
+        return
+    told = gather_objects((socket.gethostname(), uuid.uuid4().hex), ranks)
+    hosts, token = [host for host, _ in told], told[0][1]
+    here = [rank for rank in range(ranks.world) if hosts[rank] == hosts[ranks.rank]]
+    place, size = here.index(ranks.rank), config.vllm.ranks_per_server
+    neighbours = tuple(here[place // size * size :][:size])
+    folder = (IN_MEMORY if config.vllm.exchange is None else Path(config.vllm.exchange)) / f"padd-{token}"
+    server = _server(config, dtype, ranks, folder, place // size) if ranks.rank == neighbours[0] else None
+    try:
+        together(partial(_start, server, folder), ranks)
+        together(lambda: None if server is None else server.wait_until_ready(), ranks)
+        urls = gather_objects(None if server is None else server.url, ranks)
+        yield RolloutServers(
+            server=server,
+            url=urls[neighbours[0]],
+            neighbours=neighbours,
+            exchanging=tuple(here if config.vllm.exchange is None else range(ranks.world)),
+            folder=folder,
+        )
+    finally:
+        if server is not None:
+            server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def rollout_engine(
+    config: RunConfig, student: Student, tokenizer: Any, servers: RolloutServers | None = None
+) -> RolloutEngine:
+    """What draws the responses of this rank. Collective with servers."""
+    end_ids = tuple(end_token_ids(student.model, tokenizer))
+    if servers is None:
+        return HuggingFaceRollout(
+            model=student.model,
+            end_token_ids=end_ids,
+            pad_token_id=tokenizer.pad_token_id,
+            ranks_in_step=student.ranks.world > 1,
+            keep_logprobs=config.policy.importance_cap is not None,
+            trace=student.tracing if student.layers else None,
+        )
+    ranks, on_gpu = student.ranks, student.ranks.device.type != "cpu"
+    share = share_among(student, servers.exchanging)
+    return VllmRollout(
+        peers=Peers(
+            neighbours=servers.neighbours,
+            exchanging=servers.exchanging,
+            gather=lambda mine: gather_objects(mine, ranks),
+            together=lambda action: together(action, ranks),
+        ),
+        weights=lambda: local_tensors(student, share),
+        board=WeightBoard(servers.folder, ranks.rank),
+        url=servers.url,
+        server=servers.server,
+        options=config.vllm,
+        sleeps=on_gpu if config.vllm.sleep is None else config.vllm.sleep,
+        end_token_ids=end_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+
+
+def _server(config: RunConfig, dtype: torch.dtype, ranks: Ranks, folder: Path, number: int) -> Server:
+    on_gpu = ranks.device.type != "cpu"
+    return Server(
+        model=config.model.student,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_tokens=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        options=config.vllm,
+        folder=folder,
+        log_path=Path(config.run_dir) / "vllm" / f"server_of_rank_{ranks.rank:05d}.log",
+        port=config.vllm.port + number if config.vllm.port else 0,
+        devices=_devices(config, ranks) if on_gpu else None,
+        sleeps=on_gpu if config.vllm.sleep is None else config.vllm.sleep,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def _devices(config: RunConfig, ranks: Ranks) -> str:
+    """The GPUs of this rank and its next ones, as many as the server takes."""
+    first, count = ranks.device.index or 0, config.vllm.tensor_parallel
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    if first + count > len(names):
+        raise UserError(
+            f"vllm.tensor_parallel {count}: rank {ranks.rank} sees the GPUs {','.join(names)} and its own is number "
+            f"{first} of them; give every rank of a node all its GPUs, or lower it"
+        )
+    return ",".join(names[first : first + count])
+
+
+def _start(server: Server | None, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if server is not None:
+        server.start()
