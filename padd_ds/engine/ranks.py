@@ -73,6 +73,13 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest of each element over all ranks, in a new tensor."""
+    largest = tensor.detach().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
 def gather_over_group(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """Tensors of equal shape from the ranks of `group`, concatenated along dimension 0; no gradient."""
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group=group))]

@@ -22,7 +22,8 @@ class RolloutBatch:
     failure_B: torch.Tensor
     """Share of wrong responses among what the student itself answered to the prompt."""
     rollout_logprobs_BR: torch.Tensor | None = None
-    """Log-probabilities of the response's tokens as the rollout computed them; None where nobody asked."""
+    """Log-probabilities of the response's tokens as the rollout computed them, not a number where it did not; None
+    where nobody asked."""
     routes_BLNK: torch.Tensor | None = None
     """Experts that the rollout routed every token to, -1 where it did not run one; None where nobody asked."""
 

@@ -43,16 +43,15 @@ class Guidance:
 def with_responses(responses: Responses, rows: Mapping[int, Sequence[int]], pad_token_id: int) -> Responses:
     """`responses` with those token ids, the end token included, in place of what stands in `rows`.
 
-    No engine has computed their routes (-1) or log-probabilities (UserError where they were kept).
+    No engine has computed their routes (-1) or log-probabilities (not a number).
     """
     if not rows:
         return responses
-    if responses.logprobs_BR is not None:
-        raise UserError("guided responses have no log-probabilities of the rollout; set policy.importance_cap=null")
     width = max(responses.ids_BR.shape[1], *map(len, rows.values()))
     grown = widened(responses, width, pad_token_id)
     ids_BR, mask_BR, ended_B = (tensor.clone() for tensor in (grown.ids_BR, grown.mask_BR, grown.ended_B))
     routes_BLNK = None if grown.routes_BLNK is None else grown.routes_BLNK.clone()
+    logprobs_BR = None if grown.logprobs_BR is None else grown.logprobs_BR.clone()
     for row, ids in rows.items():
         ids_BR[row] = pad_token_id
         ids_BR[row, : len(ids)] = torch.tensor(list(ids), device=ids_BR.device)
@@ -60,4 +59,6 @@ def with_responses(responses: Responses, rows: Mapping[int, Sequence[int]], pad_
         ended_B[row] = True
         if routes_BLNK is not None:
             routes_BLNK[row] = -1
-    return Responses(ids_BR=ids_BR, mask_BR=mask_BR, ended_B=ended_B, routes_BLNK=routes_BLNK)
+        if logprobs_BR is not None:
+            logprobs_BR[row] = float("nan")
+    return Responses(ids_BR=ids_BR, mask_BR=mask_BR, ended_B=ended_B, logprobs_BR=logprobs_BR, routes_BLNK=routes_BLNK)

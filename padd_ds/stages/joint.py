@@ -4,7 +4,6 @@ Legend: P prompts, G responses per prompt, B responses, T prompt tokens, R respo
 S = B * L tokens of a layer, N MoE layers, E experts, V vocabulary, C counts of a histogram.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from padd_ds.rollout.batch import RolloutBatch, deal_responses, response_positio
 from padd_ds.rollout.collect import Collector, Rollout
 from padd_ds.seeds import derive_seed
 from padd_ds.stages.gradients import add_gradient_norms, measured_micro_batch
-from padd_ds.stages.joint_metrics import LAYER_MEANS, add_flips, add_policy_metrics
+from padd_ds.stages.joint_metrics import LAYER_MEANS, add_flips, add_policy_metrics, add_rollout_mismatch
 from padd_ds.stages.micro_batch import Counts, MicroBatch, OldPolicy, layer_routes
 from padd_ds.stages.routing_report import RoutingStatistics
 from padd_ds.stages.stage import MetricSums, Stage, StepReport
@@ -98,7 +97,12 @@ class JointStage:
         for name, (total, count) in rollout.metrics.items():
             sums.add(name, total, count)
         routing = statistics.report()
-        metrics = sums.means(self.student.ranks) | routing.scalars | self.student.optimiser_metrics()
+        metrics = (
+            sums.means(self.student.ranks)
+            | sums.largest(self.student.ranks)
+            | routing.scalars
+            | self.student.optimiser_metrics()
+        )
         seconds = {
             "rollout": collected_s - started_s,
             "scoring": scored_s - collected_s,
@@ -167,6 +171,7 @@ class JointStage:
         layers = range(len(self.student.layers))
         if routes:
             add_flips(sums, "router_flips_rollout", record, routes, batch)
+        add_rollout_mismatch(sums, logprobs_BR, batch)
         return OldPolicy(
             logprobs_BR=logprobs_BR,
             reference_logprobs_BR=self._reference_logprobs(batch),
@@ -255,7 +260,7 @@ class JointStage:
         terms = POLICY_LOSSES[config.policy.objective](
             logprobs_BR,
             micro_batch.old.logprobs_BR,
-            self._advantages(micro_batch, sums),
+            self._advantages(micro_batch),
             batch.response_mask_BR,
             # Choice: one Gamma per token, the mean over layers; 0 in a dense model.
             shift_NBR.sum(dim=0) / max(len(shift_NBR), 1),
@@ -280,15 +285,13 @@ class JointStage:
         add_flips(sums, "router_flips", record, micro_batch.old.selected_SK, batch)
         return loss_terms, record, shift_NBR
 
-    def _advantages(self, micro_batch: MicroBatch, sums: MetricSums) -> torch.Tensor:
+    def _advantages(self, micro_batch: MicroBatch) -> torch.Tensor:
         """[B], or [B, R] where tokens are weighted for the rollout's own distribution."""
         batch, cap = micro_batch.batch, self.config.policy.importance_cap
         if cap is None:
             return batch.advantage_B
         assert batch.rollout_logprobs_BR is not None
         old_BR, mask_BR = micro_batch.old.logprobs_BR, batch.response_mask_BR
-        uncapped_BR = importance_weights(old_BR, batch.rollout_logprobs_BR, mask_BR, math.inf)
-        sums.add("rollout_mismatch", (uncapped_BR - 1).abs().sum(), mask_BR.sum())
         weights_BR = importance_weights(old_BR, batch.rollout_logprobs_BR, mask_BR, cap)
         return batch.advantage_B[:, None] * weights_BR
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from padd_ds.engine.ranks import Ranks, sum_over_ranks
+from padd_ds.engine.ranks import Ranks, max_over_ranks, sum_over_ranks
 from padd_ds.engine.student import Student
 
 
@@ -35,16 +35,22 @@ class Stage:
 
 
 class MetricSums:
-    """Sums and their counts, added up over micro-batches and then over ranks."""
+    """Sums and their counts, and largest values, over micro-batches and then over ranks."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._layer_sums: dict[str, torch.Tensor] = {}
+        self._largest: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float = 1) -> None:
         """Add `total` over `count` things; every rank must add the same names."""
         values = [torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in (total, count)]
         self._sums[name] = self._sums.get(name, torch.zeros(2, dtype=torch.float64)) + torch.stack(values)
+
+    def add_largest(self, name: str, value: torch.Tensor) -> None:
+        """Remember the largest `value` of a name; every rank must add the same names."""
+        value = value.detach().double().cpu()
+        self._largest[name] = torch.maximum(self._largest.get(name, value), value)
 
     def add_layers(self, name: str, totals_L: torch.Tensor, count: torch.Tensor | float) -> None:
         """Add the layers' totals, each over `count` things; every rank must add the same names."""
@@ -59,6 +65,14 @@ class MetricSums:
         names = sorted(self._layer_sums)
         totals = sum_over_ranks(torch.stack([self._layer_sums[name] for name in names]).to(ranks.device)).cpu()
         return {name: (row[:-1] / row[-1].clamp(min=1)).tolist() for name, row in zip(names, totals, strict=True)}
+
+    def largest(self, ranks: Ranks) -> dict[str, float]:
+        """The largest of each name over all ranks. Collective if anything was added."""
+        if not self._largest:
+            return {}
+        names = sorted(self._largest)
+        values = max_over_ranks(torch.stack([self._largest[name] for name in names]).to(ranks.device)).tolist()
+        return dict(zip(names, values, strict=True))
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Sum over all ranks divided by count over all ranks; 0 where nothing was counted. Collective."""

@@ -1,5 +1,6 @@
 """From prompts to advantages."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +25,12 @@ class ScriptedEngine:
         self.cut = cut
         self.calls: list[int] = []
 
-    def generate(self, ids: torch.Tensor, mask: torch.Tensor, group_size: int, sampling: Sampling) -> Responses:
+    def ready(self, version: int) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def generate(
+        self, ids: torch.Tensor, mask: torch.Tensor, group_size: int, sampling: Sampling, seeds: list[int]
+    ) -> Responses:
         self.calls.append(len(ids))
         rows = [TOKENIZER(text).input_ids + [TOKENIZER.eos_token_id] for text in self.texts]
         if self.cut is not None:

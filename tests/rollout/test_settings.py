@@ -25,10 +25,8 @@ def student(wishes: dict[str, Any]) -> Any:
 def rollout(model: Any, temperature: float) -> torch.Tensor:
     engine = HuggingFaceRollout(model=model, end_token_ids=(1,), pad_token_id=0, ranks_in_step=False)
     prompts = torch.tensor([[0, 0, 9, 7, 12], [5, 8, 30, 11, 4]])
-    torch.manual_seed(0)
-    return engine.generate(
-        prompts, (prompts != 0).long(), 4, Sampling(max_new_tokens=12, temperature=temperature)
-    ).ids_BR
+    sampling = Sampling(max_new_tokens=12, temperature=temperature)
+    return engine.generate(prompts, (prompts != 0).long(), 4, sampling, [0, 100]).ids_BR
 
 
 @pytest.mark.parametrize("wishes", WISHES, ids=lambda wishes: next(iter(wishes)))

@@ -33,7 +33,7 @@ def prepared(ranks: Ranks, **overrides: Any) -> JointStage:
 def rollout(stage: JointStage) -> RolloutBatch:
     """Responses of several lengths, each with an advantage of its own; an untrained model hardly ever ends one."""
     stage.student.engine.eval()
-    batch = stage.collector.collect(0).batch
+    batch = stage.collector.collect(1).batch
     row_B, width = torch.arange(batch.n_responses), batch.response_ids_BR.shape[1]
     shorter_BR = torch.arange(width) < (row_B % width + 1)[:, None]
     return dataclasses.replace(

@@ -12,6 +12,7 @@ from padd_ds.data.split import normalise_question
 from padd_ds.engine.ranks import Ranks
 from padd_ds.moe.load import choice_flips
 from padd_ds.rollout.guidance import Guidance
+from padd_ds.stages.joint_metrics import add_rollout_mismatch
 from padd_ds.stages.stage import MetricSums
 from tests.ranks import run_ranks
 from tests.world import FixedChecker, joint_config, make_joint_stage, problems
@@ -153,18 +154,21 @@ def corrected_advantages(ranks: Ranks) -> dict[str, Any]:
                 rollout_logprobs_BR=micro_batch.old.logprobs_BR - math.log(factor),
                 advantage_B=torch.arange(1.0, batch.n_responses + 1),
             )
-            advantage_BR = stage._advantages(dataclasses.replace(micro_batch, batch=batch), sums)
+            advantage_BR = stage._advantages(dataclasses.replace(micro_batch, batch=batch))
+            add_rollout_mismatch(sums, micro_batch.old.logprobs_BR, batch)
             weights += (advantage_BR / batch.advantage_B[:, None])[batch.response_mask_BR].tolist()
-        found[factor] = (weights, sums.means(ranks)["rollout_mismatch"])
+        found[factor] = (weights, sums.means(ranks) | sums.largest(ranks))
     return found
 
 
 def test_advantages_are_weighted_for_what_the_rollout_drew_from_up_to_the_cap() -> None:
     found = run_ranks(corrected_advantages, 1)[0]
-    for factor, (weights, mismatch) in found.items():
+    for factor, (weights, metrics) in found.items():
         assert len(weights) >= 8 and weights == pytest.approx([min(factor, 2.0)] * len(weights), rel=1e-5)
         # Of the ratio itself, so that a cap does not hide it.
-        assert mismatch == pytest.approx(abs(factor - 1), rel=1e-5)
+        assert metrics["rollout_mismatch"] == pytest.approx(abs(factor - 1), rel=1e-5)
+        assert metrics["rollout_ratio_max"] == pytest.approx(max(factor, 1.0), rel=1e-5)
+        assert metrics["kl_rollout_nats"] == pytest.approx(factor - 1 - math.log(factor), rel=1e-4)
 
 
 def test_replay_routes_as_the_old_policy_did() -> None:

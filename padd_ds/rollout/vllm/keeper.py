@@ -7,16 +7,16 @@ dies of whatever, and the whole group is asked to end, and killed if it does not
 Ends with the command's exit code where that ends by itself.
 """
 
-import contextlib
 import os
 import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 PATIENCE_S = 10.0
-"""Between asking a group to end and killing it."""
+"""For a command that was asked to end, and again for what it leaves, before both are killed."""
 
 
 def main() -> int:
@@ -36,8 +36,12 @@ def main() -> int:
     if child.poll() is None:
         starter_is_gone = not os.read(sys.stdin.fileno(), 1)
         _signal_group(child.pid, signal.SIGTERM)
-        select.select([ended], [], [], PATIENCE_S)
-    # Also where the command has ended by itself, for the processes that it may have left.
+    select.select([ended], [], [], PATIENCE_S)
+    # The processes that it may have left need time too, to give back what they hold.
+    deadline = time.monotonic() + PATIENCE_S
+    while _signal_group(child.pid, 0) and time.monotonic() < deadline:
+        child.poll()
+        time.sleep(0.05)
     _signal_group(child.pid, signal.SIGKILL)
     code = child.wait()
     if starter_is_gone:
@@ -50,9 +54,13 @@ def _usual_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _signal_group(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
+def _signal_group(group: int, number: int) -> bool:
+    """Whether the group has processes; signal 0 only asks."""
+    try:
         os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

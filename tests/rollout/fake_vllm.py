@@ -1,0 +1,104 @@
+"""An HTTP server that answers as vLLM's does, with the faults that a test asks for.
+
+Its responses tell the weights that they were made by: the first token is the first value of the tensor `w`.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from padd_ds.rollout.vllm.exchange import read_part
+
+END = 2
+
+
+class FakeVllm:
+    """`faults`: what to do to the next requests, in order: an answer's change, `hang`, `die`, or nothing (None)."""
+
+    def __init__(self) -> None:
+        self.faults: list[Any] = []
+        self.version, self.first, self.seen, self.routes = "default", 0, [], []
+        self.restarts = 0
+        self.lock = threading.Lock()
+        self.start()
+
+    def start(self) -> None:
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer(200, {})
+
+            def do_POST(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(length) or b"null")
+                with fake.lock:
+                    fake.routes.append(self.path)
+                    fault = fake.faults.pop(0) if fake.faults else None
+                if fault == "hang":
+                    time.sleep(3)
+                if fault == "die":
+                    self.connection.close()
+                    return
+                if isinstance(fault, int):
+                    self.answer(fault, {"error": "planted"})
+                    return
+                told = fake.act(self.path, body)
+                self.answer(200, fault(told) if callable(fault) else told)
+
+            def answer(self, code: int, body: Any) -> None:
+                text = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                with contextlib.suppress(BrokenPipeError):  # a client that waited no longer
+                    self.wfile.write(text)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", getattr(self, "port", 0)), Handler)
+        self.port = self.http.server_address[1]
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def restart(self) -> None:
+        """As a server that comes back: with the weights that it had at first."""
+        self.stop()
+        self.restarts += 1
+        self.version, self.first = "default", 0
+        self.start()
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def act(self, route: str, body: Any) -> Any:
+        if route == "/update_weight_version":
+            self.version = body["new_version"]
+        if route == "/update_weights":
+            tensors = dict(pair for part in body["update_info"]["parts"] for pair in read_part(part))
+            self.first = int(tensors["w"][0])
+        if route != "/inference/v1/generate":
+            return {}
+        sampling = body["sampling_params"]
+        self.seen.append(body)
+        choices = [self.choice(index, sampling) for index in range(sampling["n"])]
+        return {"choices": choices[::-1]}
+
+    def choice(self, index: int, sampling: dict[str, Any]) -> dict[str, Any]:
+        token_ids = [self.first, sampling["seed"] % 1000 + index, END][: sampling["max_tokens"]]
+        content = [{"token_id": token, "logprob": -0.5 * place} for place, token in enumerate(token_ids)]
+        return {
+            "index": index,
+            "token_ids": token_ids,
+            "finish_reason": "stop" if token_ids[-1] == END else "length",
+            "weight_versions": [{"version": self.version, "start": 0, "end": len(token_ids)}],
+            "logprobs": {"content": content},
+        }
