@@ -6,11 +6,12 @@ weights, the prefix cache and sleep.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import requests
 
+from padd_ds.errors import RolloutFailed
 from padd_ds.rollout.vllm.server import ServerFault
 
 UPDATING = "updating"
@@ -41,7 +42,10 @@ class Answer:
 
 
 class Client:
-    """`url` of a server, and how long any of its answers may take."""
+    """`url` of a server, and how long any of its answers may take.
+
+    All calls raise ServerFault where the server fails, RolloutFailed where it is well and refuses.
+    """
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self.url = url
@@ -58,9 +62,13 @@ class Client:
         self._post("update_weight_version", {"new_version": version})
 
     def generate(self, request: Request, version: str) -> list[Answer]:
-        """The responses, in the order of their seeds, all of them made by the weights of `version`."""
+        """The responses, in the order of their seeds, all of them made by the weights of `version`.
+
+        At temperature 0 they are all the same one.
+        """
+        n_drawn = 1 if request.temperature == 0 else request.n
         sampling = {
-            "n": request.n,
+            "n": n_drawn,
             "seed": request.seed,
             "max_tokens": request.max_new_tokens,
             "temperature": request.temperature,
@@ -70,7 +78,7 @@ class Client:
             "detokenize": False,
         }
         told = self._post("inference/v1/generate", {"token_ids": request.token_ids, "sampling_params": sampling})
-        return _checked_answers(told, request, version)
+        return _checked_answers(told, replace(request, n=n_drawn), version) * (request.n // n_drawn)
 
     def sleep(self) -> None:
         """Give the memory of weights and cache back; both are gone."""
@@ -83,6 +91,8 @@ class Client:
     def _post(self, route: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
             answer = requests.post(f"{self.url}/{route}", json=body, timeout=self._timeout_s)
+            if 400 <= answer.status_code < 500:
+                raise RolloutFailed(f"{self.url}/{route} refuses what it is asked: {answer.text[:300]}")
             if answer.status_code != 200:
                 raise ServerFault(f"{self.url}/{route} answers {answer.status_code}: {answer.text[:300]}")
             return answer.json() if answer.content else None
