@@ -1,15 +1,17 @@
 """Tokens per second of a training step of the student: this trainer's expert paths beside the Hugging Face class.
 
-The same random student, batch and loss in one process, AdamW's update included; variants take their steps in turn, and
-each is compared with the same turn of the fastest Hugging Face one. Model FLOPs utilisation is against the rate of one
-large matrix product, measured in the same run.
+The same random student, batch and loss in one process, the update by torch's fused AdamW included; variants take their
+steps in turn, and each is compared with the same turn of the fastest Hugging Face one. Model FLOPs utilisation is
+against the rate of one large matrix product, measured in the same run. With several --experts, a table for each.
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,9 @@ from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM
 
 from padd_ds.config.schema import RunConfig
-from padd_ds.engine.ranks import start_ranks, stop_ranks
+from padd_ds.engine.ranks import Ranks, start_ranks, stop_ranks
 from padd_ds.engine.student import build_student
-from padd_ds.errors import run_cli
+from padd_ds.errors import UserError, run_cli
 from padd_ds.hf import read_config
 from padd_ds.planning.compute import forward_flops
 from padd_ds.planning.shape import shape_of
@@ -33,7 +35,13 @@ from tools.bench_plan import ON_CPU, ON_GPU, prepare
 from tools.measuring import timed
 
 HUGGING_FACE = ("eager", "batched_mm", "grouped_mm")
-OURS = ("dispatched", "masked")
+OURS = {"dispatched": ("dispatched", 0), "masked": ("masked", 0), "dispatched-zero2": ("dispatched", 2)}
+"""Name, to model.expert_compute and the ZeRO stage."""
+SHAPES = {
+    # Four layers of Qwen2.5-7B's width and vocabulary; widths that grouped products take, for 8 to 64 experts.
+    "cuda": {"layers": 4, "width": 3584, "slice": 1152, "experts": 16, "top_k": 8, "vocabulary": 152064},
+    "cpu": ON_CPU.model,
+}
 LEARNING_RATE = 1e-5
 Step = Callable[[torch.Tensor], None]
 
@@ -42,47 +50,71 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, help="sequences of a batch (default: 8 on a GPU, else 2)")
     parser.add_argument("--tokens", type=int, help="of a sequence (default: 1024 on a GPU, else 128)")
-    parser.add_argument("--experts", type=int, help="routed experts of a layer, at equal active and total size")
+    parser.add_argument(
+        "--experts", type=int, nargs="+", default=[16], help="routed experts of a layer, at equal active and total size"
+    )
     parser.add_argument("--steps", type=int, default=6, help="of every variant, one more first (default %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=(*HUGGING_FACE, *OURS), default=[*HUGGING_FACE[1:], *OURS])
+    parser.add_argument("--only", nargs="+", choices=(*HUGGING_FACE, *OURS), default=["grouped_mm", *OURS])
     arguments = parser.parse_args()
     ranks = start_ranks()
     quiet_libraries()
     on_gpu = ranks.device.type == "cuda"
-    bench = ON_GPU if on_gpu else ON_CPU
-    shape = dict(bench.model)
-    if arguments.experts:
-        factor = arguments.experts / shape["experts"]
-        shape |= {
-            "experts": arguments.experts,
-            "top_k": round(shape["top_k"] * factor),
-            "slice": round(shape["slice"] / factor),
-        }
-    rows, tokens = arguments.rows or (8 if on_gpu else 2), arguments.tokens or (1024 if on_gpu else 128)
-    generator = torch.Generator().manual_seed(0)
-    batch_BT = torch.randint(3, shape["vocabulary"], (rows, tokens), generator=generator).to(ranks.device)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        prepare(folder, shape, bench)
-        steps = {name: step_of(name, folder / "student", ranks, rows, on_gpu) for name in arguments.only}
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(arguments.steps + 1):
-            for name, step in steps.items():
-                taken_s = timed(partial(step, batch_BT), ranks.device)[1]
-                if turn > 0:
-                    seconds[name].append(taken_s)
-        model = shape_of(read_config(str(folder / "student")), "the student")
-    flops = 3 * forward_flops(model, rows * tokens, tokens, rows * tokens)
+    rows, tokens = arguments.rows or (8 if on_gpu else 4), arguments.tokens or (1024 if on_gpu else 128)
     rate = gemm_rate(ranks.device)
-    print(table(seconds, rows * tokens, flops, rate))
+    for n_experts in arguments.experts:
+        shape = with_experts(SHAPES[ranks.device.type], n_experts)
+        compare(shape, arguments, ranks, rows, tokens, rate)
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
-    print(f"\n{model.parameters / 1e9:.2f}e9 parameters, {model.active_parameters / 1e9:.2f}e9 active; {shape}")
     product = f"a matrix product {rate / 1e12:.3g} TFLOP/s"
-    print(f"{rows} rows of {tokens} tokens; {where}, torch {torch.__version__}, {product}")
+    print(f"\n{rows} rows of {tokens} tokens; {where}, torch {torch.__version__}, {product}")
     stop_ranks()
 
 
-def step_of(name: str, student: Path, ranks: Any, rows: int, on_gpu: bool) -> Step:
+def with_experts(shape: Mapping[str, int], n_experts: int) -> dict[str, int]:
+    """The shape with so many routed experts of equal active and total size."""
+    slice_width, rest = divmod(shape["slice"] * shape["experts"], n_experts)
+    top_k, odd = divmod(shape["top_k"] * n_experts, shape["experts"])
+    if rest or odd:
+        raise UserError(f"--experts {n_experts}: {shape} cannot be cut into so many at equal size")
+    return {**shape, "experts": n_experts, "top_k": top_k, "slice": slice_width}
+
+
+def compare(
+    shape: dict[str, int], arguments: argparse.Namespace, ranks: Ranks, rows: int, tokens: int, rate: float
+) -> None:
+    """Print the table of one shape."""
+    generator = torch.Generator().manual_seed(0)
+    batch_BT = torch.randint(3, shape["vocabulary"], (rows, tokens), generator=generator).to(ranks.device)
+    on_gpu = ranks.device.type == "cuda"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(folder, shape, ON_GPU if on_gpu else ON_CPU)
+        model = shape_of(read_config(str(folder / "student")), "the student")
+        seconds: dict[str, list[float]] = {name: [] for name in arguments.only}
+        # Models of a GPU's size do not stand in it beside each other.
+        for together in [[name] for name in arguments.only] if on_gpu else [arguments.only]:
+            with ExitStack() as stack:
+                steps = {
+                    name: stack.enter_context(step_of(name, folder / "student", ranks, rows, on_gpu))
+                    for name in together
+                }
+                for turn in range(arguments.steps + 1):
+                    for name, step in steps.items():
+                        taken_s = timed(partial(step, batch_BT), ranks.device)[1]
+                        if turn > 0:
+                            seconds[name].append(taken_s)
+                del steps, step
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()
+    flops = 3 * forward_flops(model, rows * tokens, tokens, rows * tokens)
+    print(f"{model.parameters / 1e9:.2f}e9 parameters, {model.active_parameters / 1e9:.2f}e9 active; {shape}\n")
+    print(table(seconds, rows * tokens, flops, rate), flush=True)
+
+
+@contextmanager
+def step_of(name: str, student: Path, ranks: Any, rows: int, on_gpu: bool) -> Iterator[Step]:
+    """A training step of that name; its model goes with the block."""
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype)
     if name in HUGGING_FACE:
@@ -90,21 +122,23 @@ def step_of(name: str, student: Path, ranks: Any, rows: int, on_gpu: bool) -> St
         model.to(ranks.device)
         # As DeepSpeed's bf16 optimizer keeps them: fp32 weights, moments and update.
         masters = [parameter.detach().float() for parameter in model.parameters()]
-        optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE)
-        return lambda batch_BT: plain_step(model, masters, optimizer, batch_BT)
+        optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, fused=True)
+        yield lambda batch_BT: plain_step(model, masters, optimizer, batch_BT)
+        return
+    expert_compute, zero_stage = OURS[name]
     unused = {"run_dir": "unused", "deepspeed": "unused", "data": {"source": "unused"}, "steps": 1000}
     settings = {
         "stage": "joint",
         "micro_batch_size": rows,
-        "model": {"student": str(student), "expert_compute": name},
+        "model": {"student": str(student), "expert_compute": expert_compute},
         "optimizer": {"learning_rate": LEARNING_RATE},
         "distillation": {"weight": 0},
     }
     config = TypeAdapter(RunConfig).validate_python(unused | settings)
     tree = {
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": zero_stage},
         "gradient_clipping": 1.0,
-        "expert_parallel": {"enabled": True, "autoep_size": 1, "use_grouped_mm": on_gpu},
+        "expert_parallel": {"enabled": True, "autoep_size": 1, "use_grouped_mm": True},
         **({"bf16": {"enabled": True}} if on_gpu else {}),
     }
     ours = build_student(
@@ -116,7 +150,8 @@ def step_of(name: str, student: Path, ranks: Any, rows: int, on_gpu: bool) -> St
         ours.backward(loss_of(ours.engine, batch_BT))
         ours.step()
 
-    return step
+    yield step
+    ours.engine.destroy()
 
 
 def plain_step(

@@ -3,6 +3,7 @@
 Legend: B sequences, T tokens, S = B * T, D model width, E routed experts.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -243,6 +244,15 @@ def _scheduler(options: OptimizerConfig, total_steps: int) -> Callable[[torch.op
     )
 
 
+def _fastest_kernels(tree: dict[str, Any]) -> dict[str, str]:
+    """Those of AutoEP that need Triton, a CUDA GPU, and its own exchange of tokens; measured in docs/speed.md."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    own_exchange = "tensor_parallel" not in tree and tree["expert_parallel"].get("comm_backend", "comm") == "comm"
+    if torch.cuda.is_available() and torch.version.hip is None and has_triton and own_exchange:
+        return {"combine_impl": "fused_weighted_sum"}
+    return {}
+
+
 def _complete_tree(
     tree: dict[str, Any], config: RunConfig, model_config: Any, accumulation_steps: int
 ) -> dict[str, Any]:
@@ -251,15 +261,17 @@ def _complete_tree(
     complete = tree | {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
-        # torch's own AdamW needs no compiler on the machine; fused and CPU variants are built at run time.
-        "optimizer": {"type": "AdamW", "params": adamw | {"torch_adam": True}},
+        # torch's own AdamW needs no compiler on the machine; DeepSpeed's fused and CPU variants are built at run time.
+        "optimizer": {"type": "AdamW", "params": adamw | {"torch_adam": True, "fused": True}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
     complete.pop("expert_parallel", None)
     if not is_dense(model_config):
-        complete["expert_parallel"] = expert_parallel_keys(model_config) | tree["expert_parallel"]
+        complete["expert_parallel"] = (
+            expert_parallel_keys(model_config) | _fastest_kernels(tree) | tree["expert_parallel"]
+        )
         # ZeRO-3 gathers a MoE layer as one: its parts are read from outside of their own passes, and not by every rank.
         leaf = {"classes": [f"{AutoEPMoELayer.__module__}.{AutoEPMoELayer.__name__}"]}
         complete["zero_optimization"] = {"leaf_module": leaf, **complete.get("zero_optimization", {})}
