@@ -5,7 +5,7 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 
 def tiny_student(
-    n_experts: int = 4, top_k: int = 2, seed: int = 0, vocabulary: int = 64, shared: int = 1
+    n_experts: int = 4, top_k: int = 2, seed: int = 0, vocabulary: int = 64, shared: int = 1, head_dim: int = 8
 ) -> Glm4MoeForCausalLM:
     """A random student as padd-convert writes it: untied head, one shared slice, experts that add up."""
     config = Glm4MoeConfig(
@@ -16,7 +16,7 @@ def tiny_student(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         n_routed_experts=n_experts,
         n_shared_experts=shared,
         num_experts_per_tok=top_k,

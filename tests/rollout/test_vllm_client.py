@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from padd_ds.errors import RolloutFailed
 from padd_ds.rollout.vllm.client import Client, Request
 from padd_ds.rollout.vllm.server import ServerFault
 from tests.rollout.fake_vllm import END, FakeVllm
@@ -72,6 +73,18 @@ def test_garbage_is_a_fault(fake: FakeVllm, what: str) -> None:
     with pytest.raises(ServerFault):
         Client(fake.url, 5).generate(REQUEST, "default")
     assert Client(fake.url, 5).generate(REQUEST, "default")
+
+
+def test_what_a_server_refuses_is_no_fault_of_its_own(fake: FakeVllm) -> None:
+    fake.faults = [400]
+    with pytest.raises(RolloutFailed, match="refuses what it is asked"):
+        Client(fake.url, 5).generate(REQUEST, "default")
+
+
+def test_greedy_responses_are_asked_for_once(fake: FakeVllm) -> None:
+    answers = Client(fake.url, 5).generate(Request(**{**vars(REQUEST), "temperature": 0.0}), "default")
+    assert [answer.token_ids for answer in answers] == [[0, 7, END]] * 2
+    assert fake.seen[0]["sampling_params"]["n"] == 1
 
 
 def test_a_server_that_hangs_is_one_that_failed(fake: FakeVllm) -> None:

@@ -6,15 +6,18 @@ weights, the prefix cache and sleep.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import requests
 
+from padd_ds.errors import RolloutFailed
 from padd_ds.rollout.vllm.server import ServerFault
 
 UPDATING = "updating"
 """The version that a server tells while its weights change; nothing made then is taken."""
+AS_STARTED = "default"
+"""The version of the weights that a server loaded when it started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,8 @@ class Request:
     temperature: float
     top_p: float
     end_token_ids: tuple[int, ...]
+    stop: tuple[str, ...] = ()
+    """Texts that end a response too; they stay in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,10 @@ class Answer:
 
 
 class Client:
-    """`url` of a server, and how long any of its answers may take."""
+    """`url` of a server, and how long any of its answers may take.
+
+    All calls raise ServerFault where the server fails, RolloutFailed where it is well and refuses.
+    """
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self.url = url
@@ -58,19 +66,24 @@ class Client:
         self._post("update_weight_version", {"new_version": version})
 
     def generate(self, request: Request, version: str) -> list[Answer]:
-        """The responses, in the order of their seeds, all of them made by the weights of `version`."""
+        """The responses, in the order of their seeds, all of them made by the weights of `version`.
+
+        At temperature 0 they are all the same one.
+        """
+        n_drawn = 1 if request.temperature == 0 else request.n
         sampling = {
-            "n": request.n,
+            "n": n_drawn,
             "seed": request.seed,
             "max_tokens": request.max_new_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
             "stop_token_ids": list(request.end_token_ids),
+            "stop": list(request.stop),
             "logprobs": 0,
-            "detokenize": False,
+            "detokenize": bool(request.stop),
         }
         told = self._post("inference/v1/generate", {"token_ids": request.token_ids, "sampling_params": sampling})
-        return _checked_answers(told, request, version)
+        return _checked_answers(told, replace(request, n=n_drawn), version) * (request.n // n_drawn)
 
     def sleep(self) -> None:
         """Give the memory of weights and cache back; both are gone."""
@@ -83,6 +96,8 @@ class Client:
     def _post(self, route: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
             answer = requests.post(f"{self.url}/{route}", json=body, timeout=self._timeout_s)
+            if 400 <= answer.status_code < 500:
+                raise RolloutFailed(f"{self.url}/{route} refuses what it is asked: {answer.text[:300]}")
             if answer.status_code != 200:
                 raise ServerFault(f"{self.url}/{route} answers {answer.status_code}: {answer.text[:300]}")
             return answer.json() if answer.content else None
@@ -114,6 +129,7 @@ def _checked_answer(choice: Mapping[str, Any], request: Request, version: str) -
         raise ServerFault("log-probabilities of other tokens than the response's")
     if not all(math.isfinite(logprob) and logprob <= 1e-6 for logprob in logprobs):
         raise ServerFault("a log-probability that is none")
-    if (token_ids[-1] in request.end_token_ids) != (reason == "stop"):
+    ended = token_ids[-1] in request.end_token_ids or choice.get("stop_reason") in request.stop
+    if ended != (reason == "stop"):
         raise ServerFault(f"a response that ended by {reason} with token {token_ids[-1]}")
-    return Answer(token_ids=token_ids, logprobs=logprobs, ended=reason == "stop")
+    return Answer(token_ids=token_ids, logprobs=logprobs, ended=ended)
