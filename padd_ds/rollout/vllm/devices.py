@@ -8,7 +8,7 @@ from padd_ds.errors import UserError
 
 
 def gpus_of_server(rank: int, first: int, count: int) -> str:
-    """CUDA_VISIBLE_DEVICES for `count` GPUs, from number `first` of those visible on; UserError if there are too few."""
+    """CUDA_VISIBLE_DEVICES for `count` GPUs from number `first` of those visible on; UserError: there are too few."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
     if first + count > len(names):
