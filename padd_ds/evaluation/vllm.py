@@ -98,7 +98,8 @@ def draw_responses(
                         for row, answer in answers.items()
                     }
                     progress.update(len(answers))
-                    requests = {row: request for row, request in requests.items() if row not in answers}
+                    for row in answers:
+                        del requests[row]
             except RolloutFailed as error:
                 raise OneRankError(f"vLLM: {error}; see {server.log_path}") from error
             except ServerFault as fault:
