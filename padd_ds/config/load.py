@@ -37,6 +37,8 @@ def read_words(schema: type, words: list[str], option: str, keys: Collection[str
     """
     tree: dict[str, Any] = {}
     for word in words:
+        if "=" not in word:
+            raise UserError(f"{option} {word!r} is not of the form KEY=VALUE")
         _apply_override(tree, word)
     for key in tree:
         if key not in keys:
@@ -88,7 +90,7 @@ def nearest(key: str, known: set[str]) -> str:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise UserError(f"override {override!r} is not of the form key=value")
+        raise UserError(f"override {override!r} is not of the form section.key=value")
     node: Any = tree
     *parents, leaf = path.split(".")
     for parent in parents:

@@ -202,7 +202,7 @@ def test_a_server_that_does_not_start_stands_in_the_way_of_nothing(
         (["--vllm", "cache_gb=1"], "--vllm: unknown key cache_gb; did you mean cache_gib"),
         (["--vllm", "ranks_per_server=2"], "--vllm: unknown key ranks_per_server"),
         (["--vllm", "memory_share=2"], "--vllm: memory_share = 2: "),
-        (["--vllm", "eager"], "'eager' is not of the form key=value"),
+        (["--vllm", "eager"], "--vllm 'eager' is not of the form KEY=VALUE"),
         (["--vllm", "python=/none"], "/none does not run"),
         (["--perplexity", "text.txt"], "--perplexity cannot be measured with --backend vllm"),
         (["--solution-field", "answer"], "--solution-field cannot be measured with --backend vllm"),
