@@ -14,11 +14,12 @@ from padd_ds.data.problems import FieldMap, Problem, map_rows
 from padd_ds.data.prompts import PromptTemplate, render, resolve_template
 from padd_ds.data.sources import read_rows
 from padd_ds.errors import UserError, run_cli
-from padd_ds.evaluation.arguments import check_arguments, parse_args
+from padd_ds.evaluation.arguments import check_arguments, parse_args, server_options
 from padd_ds.evaluation.benchmarks import BENCHMARKS, load_benchmark
-from padd_ds.evaluation.kept import KeptResponses, Share, open_work
+from padd_ds.evaluation.kept import KeptResponses, Share, open_work, work_folder
 from padd_ds.files import check_output_free, write_text_whole
 from padd_ds.launcher import launched_world
+from padd_ds.rollout.vllm.server import check_installed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         analyse(args, problems, template)
         return
     text = read_text(args.perplexity) if args.perplexity else None
+    args.vllm_version = check_installed(server_options(args)) if args.backend == "vllm" else None
     run(args, problems, template, answer_format, text)
 
 
@@ -127,7 +129,7 @@ def run(
     from padd_ds.evaluation.scoring import EvaluationOptions, evaluate_problems
 
     with share_of_ranks() as share:
-        model, tokenizer = share.together(lambda: load(args.model, args.device or share.device, args.dtype))
+        model, tokenizer = share.together(lambda: load_for(args, share))
         if args.routing:
             find_routers(model)
         template = template or resolve_template("chat-boxed" if tokenizer.chat_template else "boxed")
@@ -151,14 +153,32 @@ def run(
             measure_texts(args, model, tokenizer, problems, prompts, text, measured)
         if problems:
             kept = open_responses(args, settings, model, share)
-            measured.problems = evaluate_problems(model, tokenizer, problems, options, kept)
-            if samples := settings["samples"]:
-                drawn = replace(options.generation, temperature=args.temperature, top_p=args.top_p)
-                sampling = replace(options, generation=drawn, samples=samples)
-                measured.samples = evaluate_problems(model, tokenizer, problems, sampling, kept)
+            with drawing(args, model, tokenizer, prompts, share) as draw:
+                measured.problems = evaluate_problems(model, tokenizer, problems, options, kept, draw)
+                if samples := settings["samples"]:
+                    drawn = replace(options.generation, temperature=args.temperature, top_p=args.top_p)
+                    sampling = replace(options, generation=drawn, samples=samples)
+                    measured.samples = evaluate_problems(model, tokenizer, problems, sampling, kept, draw)
         if share.rank == 0:
             write_result(args.output, settings, model_facts(model), measured)
             print(f"{args.model}\n{table(measured)}\nwritten to {args.output}")
+
+
+@contextmanager
+def drawing(
+    args: argparse.Namespace, model: Any, tokenizer: Any, prompts: list[str], share: Share
+) -> Iterator[Any | None]:
+    """What draws the responses of this rank if not the model itself."""
+    if args.backend == "hf":
+        yield None
+        return
+    from padd_ds.evaluation.generate import longest_prompt
+    from padd_ds.evaluation.vllm import served_responses
+
+    longest = longest_prompt(prompts, tokenizer) + args.max_new_tokens
+    log_path = work_folder(args.output) / f"vllm_of_rank_{share.rank}.log"
+    with served_responses(args.model, model, tokenizer, longest, server_options(args), log_path, share) as draw:
+        yield draw
 
 
 def measure_texts(
@@ -250,18 +270,45 @@ def share_of_ranks() -> Iterator[Share]:
 
 def open_responses(args: argparse.Namespace, settings: dict[str, Any], model: Any, share: Share) -> KeptResponses:
     """What is kept of the responses, from an interruption of the same evaluation if there was one."""
-    from padd_ds.evaluation.record import weights_hash
+    from padd_ds.hf import files_hash
 
     names = ("model", "template", "answer_format", "pattern", "tolerance", "max_new_tokens", "temperature", "top_p")
-    plan = {name: settings[name] for name in (*names, "stop", "seed", "dtype", "problems_sha256")}
+    plan = {name: settings[name] for name in (*names, "stop", "seed", "dtype", "problems_sha256", "backend")}
+    if args.backend == "vllm":
+        plan |= {"vllm_version": args.vllm_version, "vllm.arguments": server_options(args).arguments}
 
     def open_once() -> None:
         if share.rank == 0:
-            open_work(args.output, plan | {"weights": weights_hash(model)}, args.overwrite)
+            weights = files_hash(args.model, model.config)
+            open_work(args.output, plan | {"weights": weights}, args.overwrite)
 
     share.wait()
     share.together(open_once)
     return KeptResponses(args.output, share)
+
+
+def load_for(args: argparse.Namespace, share: Share) -> tuple[Any, Any]:
+    """Model and tokenizer; of a model that a server loads, its skeleton alone."""
+    if args.backend == "hf":
+        return load(args.model, args.device or share.device, args.dtype)
+    from padd_ds.hf import DTYPES, load_skeleton, load_tokenizer
+
+    dtype = DTYPES[args.dtype or default_dtype(preferred_device(share.device))]
+    return load_skeleton(args.model, dtype), load_tokenizer(args.model)
+
+
+def preferred_device(name: str | None) -> Any:
+    """The torch device of this name; without one an accelerator, if there is one."""
+    import torch
+
+    if name:
+        return torch.device(name)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def default_dtype(device: Any) -> str:
+    """The name of the precision for which --dtype need not be given."""
+    return "float32" if device.type == "cpu" else "bfloat16"
 
 
 def load(source: str, device_name: str | None, dtype_name: str | None) -> tuple[Any, Any]:
@@ -270,14 +317,13 @@ def load(source: str, device_name: str | None, dtype_name: str | None) -> tuple[
 
     from padd_ds.hf import DTYPES, load_causal_lm, load_tokenizer
 
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
-        device = torch.device(device_name) if device_name else (accelerator or torch.device("cpu"))
+        device = preferred_device(device_name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device_name} cannot be used here ({reason}); try --device cpu") from error
-    dtype = DTYPES[dtype_name or ("float32" if device.type == "cpu" else "bfloat16")]
+    dtype = DTYPES[dtype_name or default_dtype(device)]
     return load_causal_lm(source, dtype).to(device), load_tokenizer(source)
 
 
@@ -299,7 +345,7 @@ def _settings(
     resolved = {
         "template": {"text": template.text, "chat": template.chat, "system": template.system},
         "answer_format": answer_format.name,
-        "device": str(model.device),
+        "device": str(model.device) if args.backend == "hf" else "vllm",
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_type": model.config.model_type,
         "problems_sha256": hashlib.sha256(questions.encode()).hexdigest(),

@@ -3,15 +3,18 @@
 Legend: P prompts, B rows, L = T + R tokens of prompt and response, T prompt tokens, R response tokens, V vocabulary.
 """
 
+import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from padd_ds.errors import UserError
+from padd_ds.files import sha256_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,6 +61,17 @@ def load_causal_lm(source: str, dtype: torch.dtype, *, trust_remote_code: bool =
     return model.eval()
 
 
+def load_skeleton(source: str, dtype: torch.dtype) -> Any:
+    """The model without its weights, on the meta device: its class, shapes and settings."""
+    config = read_config(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # Without such a file the model has made its own from the config, as a loaded one does.
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(str(Path(source).expanduser()))
+    return model.eval()
+
+
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id, padded on the left; its pad token falls back to the end token."""
     try:
@@ -70,6 +84,20 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def files_hash(source: str, config: Any) -> str:
+    """What tells a checkpoint's weights from others': SHA-256 of a folder's files, the commit of a hub id.
+
+    UserError for a folder without safetensors.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return str(config._commit_hash)
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"{source}: its weights cannot be read (no safetensors)")
+    return hashlib.sha256("".join(sha256_of(path) for path in paths).encode()).hexdigest()
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:

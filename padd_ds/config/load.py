@@ -1,6 +1,7 @@
 """A run's configuration from defaults, a YAML file, then section.key=value overrides."""
 
 import difflib
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -27,6 +28,25 @@ def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
         return TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as error:
         raise UserError(f"{path}: {_describe(error)}") from error
+
+
+def read_words(schema: type, words: list[str], option: str, keys: Collection[str], base: dict[str, Any]) -> Any:
+    """A section from the words KEY=VALUE of a command line's `option`, on top of `base`; only `keys` can be given.
+
+    UserError for another key, and as `load_run_config`.
+    """
+    tree: dict[str, Any] = {}
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"{option} {word!r} is not of the form KEY=VALUE")
+        _apply_override(tree, word)
+    for key in tree:
+        if key not in keys:
+            raise UserError(f"{option}: unknown key {key}{nearest(key, set(keys))}")
+    try:
+        return TypeAdapter(schema).validate_python(base | tree)
+    except ValidationError as error:
+        raise UserError(f"{option}: {_describe(error)}") from error
 
 
 def as_yaml(config: RunConfig) -> str:

@@ -1,9 +1,13 @@
 """The options of padd-eval, and what can be refused of them before anything is read."""
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
+from padd_ds.config.load import read_words
+from padd_ds.config.sections import VllmConfig
 from padd_ds.data.answers import ANSWER_FORMATS
 from padd_ds.data.problems import GOLD_FORMATS
 from padd_ds.data.prompts import TEMPLATES
@@ -14,11 +18,21 @@ from padd_ds.files import check_output_free
 from padd_ds.launcher import launched_world
 
 DESCRIPTION = "Pass@1 on checkable problems, perplexity on a text, and routing, of any causal language model folder."
+BATCH_SIZES = {"hf": 32, "vllm": 256}
+"""Of each backend, unless --batch-size is given."""
+SERVER_KEYS = (
+    *("python", "tensor_parallel", "memory_share", "cache_gib", "arguments", "environment"),
+    *("start_timeout_s", "answer_timeout_s", "max_restarts"),
+)
+"""Those of a run's section `vllm` that --vllm takes."""
+SERVER_DEFAULTS = {"memory_share": 0.9, "answer_timeout_s": 7200.0}
+"""A server that shares its GPU with no trainer, and answers long responses while many others are drawn."""
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 EPILOG = """examples:
   padd-eval --model DIR --benchmark math500 --data-dir data --output results/math500.json
   padd-eval --model DIR --benchmark aime24 --samples 32 --temperature 0.6 --output results/aime24.json
   torchrun --nproc_per_node 8 -m padd_ds.evaluate --model DIR --benchmark math500 --output results/math500.json
+  padd-eval --model DIR --benchmark math500 --data-dir data --backend vllm --output results/math500.json
   padd-eval --model DIR --benchmark math500 --data-dir data --routing-analysis --output results/routing.json
   padd-eval --compare results/teacher.json results/student.json --output results/report.html
   padd-eval --check-overlap train.jsonl --data-dir data
@@ -55,13 +69,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text.add_argument("--max-windows", type=int, help="windows to use (default: all)")
     add_routing_options(parser)
     run = parser.add_argument_group("run")
-    run.add_argument("--batch-size", type=int, default=32, help="problems at once (default %(default)s)")
+    run.add_argument(
+        "--backend", choices=BATCH_SIZES, default="hf", help="what draws responses: transformers (default), or vLLM"
+    )
+    run.add_argument(
+        "--vllm",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"option of vLLM's server, as in a run's section vllm; of {', '.join(SERVER_KEYS)}",
+    )
+    run.add_argument("--batch-size", type=int, help="responses at once (default 32; with --backend vllm 256)")
     run.add_argument("--dtype", choices=DTYPE_NAMES, help="default: float32 on cpu, bfloat16 elsewhere")
     run.add_argument("--device", help="such as cpu or cuda:1 (default: an accelerator if there is one)")
     run.add_argument("--check-workers", type=int, default=1, help="answer checking processes")
     run.add_argument("--check-timeout", type=float, default=5.0, metavar="SECONDS", help="for one answer")
     run.add_argument("--seed", type=int, default=0, help="of what --samples draws")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.batch_size is None:
+        args.batch_size = BATCH_SIZES[args.backend]
+    return args
 
 
 def add_routing_options(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +177,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--samples goes with --benchmark or --data")
     if args.routing and not args.solution_field:
         raise UserError("--routing follows worked solutions; name their field by --solution-field")
+    check_backend(args)
     check_routing(args)
     if args.chat and not args.template:
         raise UserError("--chat goes with --template")
@@ -159,6 +187,32 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--temperature {args.temperature} must be above 0; the greedy response is always made")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
+
+
+def check_backend(args: argparse.Namespace) -> None:
+    """UserError for what does not go with the backend."""
+    if args.backend == "hf":
+        if args.vllm:
+            raise UserError("--vllm goes with --backend vllm")
+        return
+    for name in ("perplexity", "solution_field", "routing", "routing_analysis"):
+        if getattr(args, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} cannot be measured with --backend vllm, which draws responses alone; "
+                "leave it out, and measure it by a command of its own"
+            )
+    if args.device:
+        raise UserError(
+            f"--device {args.device}: a vLLM server takes the GPUs of CUDA_VISIBLE_DEVICES; set that instead"
+        )
+    server_options(args)
+
+
+def server_options(args: argparse.Namespace) -> VllmConfig:
+    """The options of --vllm; UserError for one that is not right."""
+    # The section's bound on tensor_parallel is that of ranks which share a server; here each has its own.
+    base = SERVER_DEFAULTS | {"ranks_per_server": sys.maxsize}
+    return cast(VllmConfig, read_words(VllmConfig, args.vllm, "--vllm", SERVER_KEYS, base))
 
 
 def check_routing(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 Legend: B rows of a batch, T tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,14 +85,17 @@ def generate_batches(
     """
     lengths = _lengths(prompts, tokenizer)
     order = sorted(range(len(prompts)), key=lambda row: -lengths[row])
-    with tqdm(
-        total=len(prompts), desc="responses", unit="response", dynamic_ncols=True, disable=not show_progress
-    ) as progress:
+    with progress_bar(len(prompts), show_progress) as progress:
         for start in range(0, len(order), options.batch_size):
             rows = order[start : start + options.batch_size]
             texts, row_seeds = [prompts[row] for row in rows], [seeds[row] for row in rows]
             yield dict(zip(rows, _generate(model, tokenizer, texts, options, row_seeds), strict=True))
             progress.update(len(rows))
+
+
+def progress_bar(total: int, shown: bool) -> Any:
+    """Of responses, on standard error: how many, how fast, how long still."""
+    return tqdm(total=total, desc="responses", unit="response", dynamic_ncols=True, disable=not shown)
 
 
 @torch.inference_mode()
@@ -121,10 +124,11 @@ def _generate(
             logits_processor=LogitsProcessorList(draws),
         )
     width = batch["input_ids_BT"].shape[1]
-    return [_response(ids, end_ids, tokenizer, options) for ids in ids_BT[:, width:].tolist()]
+    return [read_response(ids, end_ids, tokenizer, options) for ids in ids_BT[:, width:].tolist()]
 
 
-def _response(ids: list[int], end_ids: list[int], tokenizer: Any, options: GenerationOptions) -> Response:
+def read_response(ids: list[int], end_ids: Collection[int], tokenizer: Any, options: GenerationOptions) -> Response:
+    """The text of generated tokens up to the first end token or stop text."""
     end = next((place for place, token in enumerate(ids) if token in end_ids), None)
     kept = ids if end is None else ids[:end]
     text = tokenizer.decode(kept, skip_special_tokens=True)
@@ -144,6 +148,16 @@ def _tokens_until_stop(ids: list[int], tokenizer: Any, stop: Sequence[str]) -> i
     return len(ids)
 
 
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """The tokens of a complete prompt text, none added."""
+    return list(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
+
+
+def longest_prompt(prompts: Sequence[str], tokenizer: Any) -> int:
+    """In tokens."""
+    return max(_lengths(prompts, tokenizer), default=0)
+
+
 def check_prompts(prompts: Sequence[str], model: Any, tokenizer: Any, options: GenerationOptions) -> None:
     """UserError for a prompt without tokens, or with more than the model has positions for."""
     lengths = _lengths(prompts, tokenizer)
@@ -160,4 +174,4 @@ def check_prompts(prompts: Sequence[str], model: Any, tokenizer: Any, options: G
 
 
 def _lengths(prompts: Sequence[str], tokenizer: Any) -> list[int]:
-    return [len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
+    return [len(prompt_ids(prompt, tokenizer)) for prompt in prompts]

@@ -134,6 +134,8 @@ def open_work(output: Path, plan: dict[str, Any], overwrite: bool) -> None:
     except (FileNotFoundError, ValueError):  # none, or killed before the first response
         there = None
     if there != plan:
+        if not any(folder.glob("rank_*.jsonl")):
+            there = None  # it ended before the first response
         if there is not None and not overwrite:
             changed = sorted(key for key in there.keys() | plan.keys() if there.get(key) != plan.get(key))
             raise UserError(

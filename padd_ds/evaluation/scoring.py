@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import comb
 from statistics import fmean
 from typing import Any
@@ -14,6 +15,9 @@ from padd_ds.evaluation.intervals import mean_interval, wilson_interval
 from padd_ds.evaluation.kept import KeptResponses, Key, ScoredResponse, Share
 from padd_ds.rollout.verify import AnswerChecker, Verdict
 from padd_ds.seeds import derive_seed
+
+Draw = Callable[[Sequence[str], GenerationOptions, Sequence[int], bool], Iterator[dict[int, Response]]]
+"""As `generate_batches` from its third argument on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +75,9 @@ def evaluate_problems(
     problems: Sequence[Problem],
     options: EvaluationOptions,
     kept: KeptResponses | None = None,
+    draw: Draw | None = None,
 ) -> EvaluationResult:
-    """Responses to `problems`, checked. Evaluation routing is the model's own, without noise.
+    """Responses to `problems`, checked; by `draw`, else by the model. Evaluation routing is its own, without noise.
 
     What `kept` has already is not asked again. On several ranks, all of which call this, each has its share of the
     rest and all return the same result. In fp32 it is that of any other batch size and number of ranks. UserError as
@@ -83,14 +88,14 @@ def evaluate_problems(
     check_prompts(prompts, model, tokenizer, options.generation)
     first = 1 if options.generation.temperature > 0 else 0
     keys = [(place, first + sample) for place in range(len(problems)) for sample in range(options.samples)]
-    for batch in _scored_batches(model, tokenizer, problems, prompts, kept.missing(keys), options, kept.share):
+    draw = draw or partial(generate_batches, model, tokenizer)
+    for batch in _scored_batches(draw, problems, prompts, kept.missing(keys), options, kept.share):
         kept.add(batch)
     return summarise(kept.all_of(keys), options.samples)
 
 
 def _scored_batches(
-    model: Any,
-    tokenizer: Any,
+    draw: Draw,
     problems: Sequence[Problem],
     prompts: Sequence[str],
     keys: Sequence[Key],
@@ -105,8 +110,7 @@ def _scored_batches(
     with AnswerChecker(
         options.answer_format, workers=options.check_workers, timeout_s=options.check_timeout_s
     ) as checker:
-        batches = generate_batches(model, tokenizer, asked, options.generation, seeds, share.rank == 0)
-        for batch in batches:
+        for batch in draw(asked, options.generation, seeds, share.rank == 0):
             rows = [(mine[row], problems[mine[row][0]], response) for row, response in batch.items()]
             verdicts = checker.check(
                 [(response.text, problem.answer) for _, problem, response in rows],

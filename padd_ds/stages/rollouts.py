@@ -1,6 +1,5 @@
 """Which engine draws a run's responses, and the servers that it needs."""
 
-import os
 import shutil
 import socket
 import sys
@@ -18,9 +17,9 @@ from padd_ds.config.schema import RunConfig
 from padd_ds.engine.ranks import Ranks, gather_objects, together
 from padd_ds.engine.student import Student
 from padd_ds.engine.weights import local_tensors, share_among
-from padd_ds.errors import UserError
 from padd_ds.hf import end_token_ids
 from padd_ds.rollout.generation import HuggingFaceRollout, RolloutEngine
+from padd_ds.rollout.vllm.devices import gpus_of_server
 from padd_ds.rollout.vllm.engine import Peers, VllmRollout
 from padd_ds.rollout.vllm.exchange import WeightBoard
 from padd_ds.rollout.vllm.server import Server
@@ -117,23 +116,10 @@ def _server(config: RunConfig, dtype: torch.dtype, ranks: Ranks, folder: Path, n
         folder=folder,
         log_path=Path(config.run_dir) / "vllm" / f"server_of_rank_{ranks.rank:05d}.log",
         port=config.vllm.port + number if config.vllm.port else 0,
-        devices=_devices(config, ranks) if on_gpu else None,
+        devices=gpus_of_server(ranks.rank, ranks.device.index or 0, config.vllm.tensor_parallel) if on_gpu else None,
         sleeps=on_gpu if config.vllm.sleep is None else config.vllm.sleep,
         trust_remote_code=config.model.trust_remote_code,
     )
-
-
-def _devices(config: RunConfig, ranks: Ranks) -> str:
-    """The GPUs of this rank and its next ones, as many as the server takes."""
-    first, count = ranks.device.index or 0, config.vllm.tensor_parallel
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    if first + count > len(names):
-        raise UserError(
-            f"vllm.tensor_parallel {count}: rank {ranks.rank} sees the GPUs {','.join(names)} and its own is number "
-            f"{first} of them; give every rank of a node all its GPUs, or lower it"
-        )
-    return ",".join(names[first : first + count])
 
 
 def _start(server: Server | None, folder: Path) -> None:

@@ -16,6 +16,8 @@ from padd_ds.rollout.vllm.server import ServerFault
 
 UPDATING = "updating"
 """The version that a server tells while its weights change; nothing made then is taken."""
+AS_STARTED = "default"
+"""The version of the weights that a server loaded when it started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Request:
     temperature: float
     top_p: float
     end_token_ids: tuple[int, ...]
+    stop: tuple[str, ...] = ()
+    """Texts that end a response too; they stay in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +78,9 @@ class Client:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "stop_token_ids": list(request.end_token_ids),
+            "stop": list(request.stop),
             "logprobs": 0,
-            "detokenize": False,
+            "detokenize": bool(request.stop),
         }
         told = self._post("inference/v1/generate", {"token_ids": request.token_ids, "sampling_params": sampling})
         return _checked_answers(told, replace(request, n=n_drawn), version) * (request.n // n_drawn)
@@ -124,6 +129,7 @@ def _checked_answer(choice: Mapping[str, Any], request: Request, version: str) -
         raise ServerFault("log-probabilities of other tokens than the response's")
     if not all(math.isfinite(logprob) and logprob <= 1e-6 for logprob in logprobs):
         raise ServerFault("a log-probability that is none")
-    if (token_ids[-1] in request.end_token_ids) != (reason == "stop"):
+    ended = token_ids[-1] in request.end_token_ids or choice.get("stop_reason") in request.stop
+    if ended != (reason == "stop"):
         raise ServerFault(f"a response that ended by {reason} with token {token_ids[-1]}")
-    return Answer(token_ids=token_ids, logprobs=logprobs, ended=reason == "stop")
+    return Answer(token_ids=token_ids, logprobs=logprobs, ended=ended)

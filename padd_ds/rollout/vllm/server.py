@@ -85,11 +85,11 @@ class Server:
         deadline = time.monotonic() + self.options.start_timeout_s
         while not is_healthy(self.url):
             if self._keeper.poll() is not None:
-                raise UserError(f"the rollout server did not start: {_cause(self.log_path)}")
+                raise UserError(f"the vLLM server did not start: {_cause(self.log_path)}")
             if time.monotonic() > deadline:
                 self.stop()
                 raise UserError(
-                    f"the rollout server was not ready after vllm.start_timeout_s {self.options.start_timeout_s:g}; "
+                    f"the vLLM server was not ready after vllm.start_timeout_s {self.options.start_timeout_s:g}; "
                     f"raise it, or see {self.log_path}"
                 )
             time.sleep(_POLL_S)
@@ -152,8 +152,8 @@ def interpreter(options: VllmConfig) -> str:
     return options.python or sys.executable
 
 
-def check_installed(options: VllmConfig) -> None:
-    """UserError where the interpreter has no vLLM, or one of another version."""
+def check_installed(options: VllmConfig) -> str:
+    """The version of vLLM; UserError where the interpreter has none, or one that is not supported."""
     python = interpreter(options)
     ask = (
         "import importlib.metadata as m\n"
@@ -167,13 +167,14 @@ def check_installed(options: VllmConfig) -> None:
     version = done.stdout.strip()
     if not version:
         raise UserError(
-            f"rollout.engine is vllm, but {python} has no vLLM; install the extra [vllm], or make setup-vllm on a CPU, "
-            "and set vllm.python to that environment's Python (docs/rollouts.md)"
+            f"{python} has no vLLM; install the extra [vllm], or make setup-vllm on a CPU, and set vllm.python to that "
+            "environment's Python (docs/rollouts.md)"
         )
     release = tuple(int(part) for part in version.split(".")[:2])
     if not OLDEST_VERSION <= release <= NEWEST_VERSION:
         wanted = f"{_dotted(OLDEST_VERSION)} to {_dotted(NEWEST_VERSION)}"
         raise UserError(f"{python} has vLLM {version}, but versions {wanted} are supported; install one of them")
+    return version
 
 
 def is_healthy(url: str, timeout_s: float = 5.0) -> bool:

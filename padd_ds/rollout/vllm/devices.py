@@ -1,0 +1,19 @@
+"""Which GPUs a server takes of those that its rank sees."""
+
+import os
+
+import torch
+
+from padd_ds.errors import UserError
+
+
+def gpus_of_server(rank: int, first: int, count: int) -> str:
+    """CUDA_VISIBLE_DEVICES for `count` GPUs from number `first` of those visible on; UserError: there are too few."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    if first + count > len(names):
+        raise UserError(
+            f"vllm.tensor_parallel {count}: rank {rank} sees the GPUs {','.join(names)} and its server's first is "
+            f"number {first} of them; give every rank of a node all its GPUs, or lower it"
+        )
+    return ",".join(names[first : first + count])
