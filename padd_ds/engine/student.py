@@ -175,7 +175,7 @@ def build_student(
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],
-        config=_complete_tree(deepspeed_tree, config, model.config, accumulation_steps),
+        config=_complete_tree(deepspeed_tree, config, model.config, accumulation_steps, ranks.device),
         lr_scheduler=_scheduler(config.optimizer, total_steps),
     )
     layers = [module for module in engine.module.modules() if isinstance(module, AutoEPMoELayer)]
@@ -244,17 +244,17 @@ def _scheduler(options: OptimizerConfig, total_steps: int) -> Callable[[torch.op
     )
 
 
-def _fastest_kernels(tree: dict[str, Any]) -> dict[str, str]:
+def _fastest_kernels(tree: dict[str, Any], device: torch.device) -> dict[str, str]:
     """Those of AutoEP that need Triton, a CUDA GPU, and its own exchange of tokens; measured in docs/speed.md."""
     has_triton = importlib.util.find_spec("triton") is not None
     own_exchange = "tensor_parallel" not in tree and tree["expert_parallel"].get("comm_backend", "comm") == "comm"
-    if torch.cuda.is_available() and torch.version.hip is None and has_triton and own_exchange:
+    if device.type == "cuda" and torch.version.hip is None and has_triton and own_exchange:
         return {"combine_impl": "fused_weighted_sum"}
     return {}
 
 
 def _complete_tree(
-    tree: dict[str, Any], config: RunConfig, model_config: Any, accumulation_steps: int
+    tree: dict[str, Any], config: RunConfig, model_config: Any, accumulation_steps: int, device: torch.device
 ) -> dict[str, Any]:
     options = config.optimizer
     adamw = {"lr": options.learning_rate, "betas": list(options.betas), "weight_decay": options.weight_decay}
