@@ -270,7 +270,7 @@ def _complete_tree(
     complete.pop("expert_parallel", None)
     if not is_dense(model_config):
         complete["expert_parallel"] = (
-            expert_parallel_keys(model_config) | _fastest_kernels(tree) | tree["expert_parallel"]
+            expert_parallel_keys(model_config) | _fastest_kernels(tree, device) | tree["expert_parallel"]
         )
         # ZeRO-3 gathers a MoE layer as one: its parts are read from outside of their own passes, and not by every rank.
         leaf = {"classes": [f"{AutoEPMoELayer.__module__}.{AutoEPMoELayer.__name__}"]}
