@@ -1,0 +1,118 @@
+"""Servers and trainers of a real vLLM that are struck at random moments.
+
+`make test-vllm` strikes once each; PADD_STRIKES sets another number.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.train_inputs import REPOSITORY, make_inputs
+from tests.vllm.conftest import PYTHON, save_student
+
+STRIKES = int(os.environ.get("PADD_STRIKES", "1"))
+STEPS_BETWEEN = 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose responses a server draws, with as many steps as there are strikes to come."""
+    folder = make_inputs(tmp_path_factory.mktemp("struck"))
+    save_student(folder / "student")
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    run["rollout"] = {"engine": "vllm", "prompts": 4, "group_size": 4, "max_new_tokens": 24}
+    run["data"] |= {"max_prompt_tokens": 16}
+    run["vllm"] = {
+        "python": PYTHON,
+        "cache_gib": 0.25,
+        "answer_timeout_s": 20.0,
+        "arguments": ["--enforce-eager", "--max-num-seqs", "64"],
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    return folder
+
+
+def launch(inputs: Path, name: str, *more: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "padd_ds/train.py", "--config", f"{inputs}/run.yaml", f"run_dir={inputs}/{name}"]
+    command += ["checkpoint.every_steps=1000", "log.tensorboard=false", *more]
+    with (inputs / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+
+
+def metrics(inputs: Path, name: str) -> list[dict[str, Any]]:
+    path = inputs / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def servers_of(inputs: Path, name: str) -> list[int]:
+    """Process ids of the run's servers and all that they started, the keeper not among them."""
+    log, found = f"{inputs}/{name}/vllm/", []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            output = os.readlink(process / "fd" / "1")
+            words = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if output.startswith(log) and b"keeper.py" not in words and words:
+            found.append(int(process.name))
+    return found
+
+
+def until(condition: Callable[[], Any], run: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 240) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert run.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.slow
+def test_a_server_that_is_struck_again_and_again_costs_no_prompt(inputs: Path) -> None:
+    dice, name = random.Random(0), "servers"
+    steps = STEPS_BETWEEN * (STRIKES + 1)
+    run, log = launch(inputs, name, f"steps={steps}"), inputs / f"{name}.log"
+    for strike in range(STRIKES):
+        done = len(metrics(inputs, name))
+        until(lambda done=done: len(metrics(inputs, name)) > done, run, log)
+        time.sleep(dice.uniform(0, 1.0))
+        victims = servers_of(inputs, name)
+        assert victims
+        number = signal.SIGSTOP if strike % 3 == 2 else signal.SIGKILL
+        os.kill(dice.choice(victims), number)
+        before = strike
+        until(lambda before=before: log.read_text().count("started again") > before, run, log)
+    assert run.wait(timeout=400) == 0, log.read_text()[-3000:]
+    told = metrics(inputs, name)
+    assert [one["step"] for one in told] == list(range(steps))
+    assert max(one["rollout_ratio_max"] for one in told) < 1.001
+    # As many responses in every step, each of them with tokens: none lost, none twice.
+    assert all(one["response_tokens"] >= 1 for one in told)
+    assert not servers_of(inputs, name) and not list(Path("/dev/shm").glob("padd-*"))
+
+
+@pytest.mark.slow
+def test_a_trainer_that_is_killed_leaves_no_server_behind(inputs: Path) -> None:
+    dice = random.Random(1)
+    for strike in range(STRIKES):
+        name = f"trainer{strike}"
+        run, log = launch(inputs, name, "steps=1000"), inputs / f"trainer{strike}.log"
+        until(lambda name=name: servers_of(inputs, name), run, log)
+        if strike % 2 == 0:  # otherwise while the server starts
+            until(lambda name=name: metrics(inputs, name), run, log)
+        time.sleep(dice.uniform(0, 3.0))
+        run.send_signal(dice.choice([signal.SIGKILL, signal.SIGTERM]))
+        run.wait(timeout=120)
+        deadline = time.monotonic() + 40
+        while servers_of(inputs, name) or list(Path("/dev/shm").glob("padd-*")):
+            assert time.monotonic() < deadline, "a server was left behind"
+            time.sleep(0.1)
