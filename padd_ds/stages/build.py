@@ -91,7 +91,7 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         if config.reads_corpora:
             check_sequence_length(config.warmup.sequence_length, f"model.teacher {config.model.teacher}", teacher)
     reward_rules(config)
-    if config.uses_vllm:
+    if config.uses_vllm and config.vllm.servers is None:
         check_installed(config.vllm)
     tokenizer = load_tokenizer(config.model.student, trust_remote_code=trust)
     data: TrainingData | Blend

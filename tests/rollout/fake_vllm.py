@@ -10,9 +10,13 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import torch
+
 from padd_ds.rollout.vllm.exchange import read_part
+from padd_ds.rollout.vllm.network import go_to_meeting, join, receive
 
 END = 2
+CPU = torch.device("cpu")
 
 
 class FakeVllm:
@@ -30,7 +34,8 @@ class FakeVllm:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer(200, {})
+                told = {"/get_world_size": {"world_size": 1}, "/weight_info": {"weight_version": fake.version}}
+                self.answer(200, told.get(self.path, {}))
 
             def do_POST(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
@@ -40,7 +45,9 @@ class FakeVllm:
                     fault = fake.faults.pop(0) if fake.faults else None
                 if fault == "hang":
                     time.sleep(3)
-                if fault == "die":
+                if self.path == "/padd/end":
+                    threading.Thread(target=fake.restart).start()  # as its supervisor would
+                if fault == "die" or self.path == "/padd/end":
                     self.connection.close()
                     return
                 if isinstance(fault, int):
@@ -82,15 +89,24 @@ class FakeVllm:
     def act(self, route: str, body: Any) -> Any:
         if route == "/update_weight_version":
             self.version = body["new_version"]
+        if route == "/init_weight_transfer_engine":
+            meeting = body["init_info"]
+            store = go_to_meeting(meeting["address"], meeting["port"], 5)
+            self.group = join(store, meeting["first_rank"], meeting["world"], CPU, 5)
         if route == "/update_weights":
-            tensors = dict(pair for part in body["update_info"]["parts"] for pair in read_part(part))
-            self.first = int(tensors["w"][0])
+            tensors = self.weights(body["update_info"])
+            self.first = int(tensors.get("w", [self.first])[0])
         if route != "/inference/v1/generate":
             return {}
         sampling = body["sampling_params"]
         self.seen.append(body)
         choices = [self.choice(index, sampling) for index in range(sampling["n"])]
         return {"choices": choices[::-1]}
+
+    def weights(self, told: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if "part" in told:
+            return dict(receive(self.group, told["part"], CPU))
+        return dict(pair for part in told["parts"] for pair in read_part(part))
 
     def choice(self, index: int, sampling: dict[str, Any]) -> dict[str, Any]:
         token_ids = [self.first, sampling["seed"] % 1000 + index, END][: sampling["max_tokens"]]
