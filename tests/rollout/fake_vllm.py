@@ -1,13 +1,16 @@
-"""An HTTP server that answers as vLLM's does, with the faults that a test asks for.
+"""An HTTP server that answers as vLLM's does, with the faults that a test asks for; run by path, a process.
 
 Its responses tell the weights that they were made by: the first token is the first value of the tensor `w`.
 """
 
 import contextlib
 import json
+import os
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +25,8 @@ CPU = torch.device("cpu")
 class FakeVllm:
     """`faults`: what to do to the next requests, in order: an answer's change, `hang`, `die`, or nothing (None)."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
+        self.port = port
         self.faults: list[Any] = []
         self.version, self.first, self.seen, self.routes = "default", 0, [], []
         self.restarts = 0
@@ -67,7 +71,7 @@ class FakeVllm:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", getattr(self, "port", 0)), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.port = self.http.server_address[1]
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -118,3 +122,18 @@ class FakeVllm:
             "weight_versions": [{"version": self.version, "start": 0, "end": len(token_ids)}],
             "logprobs": {"content": content},
         }
+
+
+def fake_interpreter(path: Path) -> str:
+    """An executable at `path` that stands for a Python with vLLM, whose server is this one."""
+    path.write_text(
+        f'#!/bin/sh\nif [ "$1" = -c ]; then echo 0.32.0; else shift; exec {sys.executable} {__file__} "$@"; fi\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+if __name__ == "__main__":
+    served = FakeVllm(int(sys.argv[sys.argv.index("--port") + 1]))
+    served.restart = lambda: os._exit(1)  # type: ignore[method-assign]
+    threading.Event().wait()

@@ -59,8 +59,8 @@ class Server:
     dtype: str
     max_model_tokens: int
     options: VllmConfig
-    folder: Path
-    """Where weights are exchanged; deleted when this process dies."""
+    folder: Path | None
+    """Where weights are exchanged, deleted when this process dies; None where it is not this server's to delete."""
     log_path: Path
     port: int = 0
     """0: a free one, kept when it is started again."""
@@ -73,16 +73,13 @@ class Server:
     trust_remote_code: bool = False
     _port: int = field(init=False, default=0)
     _keeper: subprocess.Popen[bytes] | None = field(init=False, default=None)
+    _log_start: int = field(init=False, default=0)
+    """Bytes that were in the log before the last start."""
 
     @property
     def url(self) -> str:
         """For this host."""
         return f"http://127.0.0.1:{self._port}"
-
-    @property
-    def reachable_url(self) -> str:
-        """For other hosts, where it listens for them."""
-        return f"http://{socket.gethostname()}:{self._port}"
 
     @property
     def has_ended(self) -> bool:
@@ -95,8 +92,9 @@ class Server:
         _check_port(self.host, self._port)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
+            self._log_start = log.tell()
             self._keeper = subprocess.Popen(
-                [sys.executable, str(KEEPER), str(self.folder), *self.command()],
+                [sys.executable, str(KEEPER), str(self.folder or ""), *self.command()],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -110,7 +108,7 @@ class Server:
         deadline = time.monotonic() + self.options.start_timeout_s
         while not is_healthy(self.url):
             if self._keeper.poll() is not None:
-                raise UserError(f"the rollout server did not start: {_cause(self.log_path)}")
+                raise UserError(f"the rollout server did not start: {self.cause()}")
             if time.monotonic() > deadline:
                 self.stop()
                 raise UserError(
@@ -137,6 +135,15 @@ class Server:
             pass  # the server, and with it its keeper, had ended by itself
         self._keeper.wait()
         self._keeper = None
+
+    def cause(self) -> str:
+        """Why it ended, from the last start in its log."""
+        log = self.log_path.read_bytes()[self._log_start :].decode("utf-8", errors="replace")
+        for pattern, message in _CAUSES:
+            if found := re.findall(pattern, log):
+                return f"{message.format(found[-1])}; see {self.log_path}"
+        errors = [line for line in log.splitlines() if re.search(r"\b\w*(Error|Exception)\b", line)]
+        return f"{errors[-1].strip() if errors else 'it ended without a word'}; see {self.log_path}"
 
     def command(self) -> list[str]:
         options = self.options
@@ -213,15 +220,6 @@ def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
 
 def _dotted(version: Sequence[int]) -> str:
     return ".".join(map(str, version))
-
-
-def _cause(log_path: Path) -> str:
-    log = log_path.read_text(encoding="utf-8", errors="replace")
-    for pattern, message in _CAUSES:
-        if found := re.findall(pattern, log):
-            return f"{message.format(found[-1])}; see {log_path}"
-    errors = [line for line in log.splitlines() if re.search(r"\b\w*(Error|Exception)\b", line)]
-    return f"{errors[-1].strip() if errors else 'it ended without a word'}; see {log_path}"
 
 
 def _check_port(host: str, port: int) -> None:
