@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 class FakeVllm:
     """`faults`: what to do to the next requests, in order: an answer's change, `hang`, `die`, or nothing (None)."""
 
-    def __init__(self, port: int = 0) -> None:
-        self.port = port
+    def __init__(self, port: int = 0, tokens: int = 1000) -> None:
+        self.port, self.tokens = port, tokens
         self.faults: list[Any] = []
         self.version, self.first, self.seen, self.routes = "default", 0, [], []
         self.restarts = 0
@@ -113,7 +113,7 @@ class FakeVllm:
         return dict(pair for part in told["parts"] for pair in read_part(part))
 
     def choice(self, index: int, sampling: dict[str, Any]) -> dict[str, Any]:
-        token_ids = [self.first, sampling["seed"] % 1000 + index, END][: sampling["max_tokens"]]
+        token_ids = [self.first, sampling["seed"] % self.tokens + index, END][: sampling["max_tokens"]]
         content = [{"token_id": token, "logprob": -0.5 * place} for place, token in enumerate(token_ids)]
         return {
             "index": index,
@@ -134,6 +134,6 @@ def fake_interpreter(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    served = FakeVllm(int(sys.argv[sys.argv.index("--port") + 1]))
+    served = FakeVllm(int(sys.argv[sys.argv.index("--port") + 1]), tokens=10)
     served.restart = lambda: os._exit(1)  # type: ignore[method-assign]
     threading.Event().wait()
