@@ -61,8 +61,8 @@ def plan_servers(
     servers = nodes * per_node if own else cluster.nodes * -(-cluster.devices_per_node // options.ranks_per_server)
     if servers > cluster.world:
         raise UserError(
-            f"{nodes} nodes of {per_node} servers are more than the {cluster.world} ranks, each of which asks one: take "
-            "fewer nodes, or raise vllm.tensor_parallel"
+            f"{nodes} nodes of {per_node} servers are more than the {cluster.world} ranks, each of which asks one: "
+            "take fewer nodes, or raise vllm.tensor_parallel"
         )
     whole = student.parameters * value_bytes
     weights = whole / options.tensor_parallel

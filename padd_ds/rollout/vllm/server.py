@@ -32,6 +32,10 @@ _CAUSES = (
         "not enough memory ({0}); lower vllm.memory_share or vllm.cache_gib, or raise it where the cache is too small",
     ),
     (r"(larger than the available KV cache memory[^\n]*)", "the cache is too small ({0}); raise vllm.cache_gib"),
+    (
+        r"(max_model_len \(\d+\) is greater than[^(]*\([^)]*\))",
+        "data.max_prompt_tokens and rollout.max_new_tokens are more than the model has positions for ({0})",
+    ),
     (r"(unrecognized arguments: [^\n]*)", "vllm.arguments: {0}"),
 )
 """What in a log tells a mistake that the user can put right, and how to say it."""
