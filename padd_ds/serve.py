@@ -31,9 +31,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--host", default=socket.gethostname(), help="this node's name or address in the URLs (default: %(default)s)"
     )
-    parser.add_argument(
-        "--logs", type=Path, metavar="FOLDER", help="for the servers' logs (default: vllm in the run's folder)"
-    )
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="for the servers' logs (default: that of --urls)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the YAML file")
     return parser.parse_intermixed_args(arguments)
 
@@ -50,7 +48,7 @@ def main() -> None:
     config = load_run_config(parsed.config, parsed.overrides)
     dtype = precision(load_deepspeed_json(Path(config.deepspeed)))
     check_installed(config.vllm)
-    servers = servers_of_this_node(config, dtype, parsed.logs or Path(config.run_dir) / "vllm")
+    servers = servers_of_this_node(config, dtype, parsed.logs or parsed.urls.parent)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what Slurm sends to all before the time limit; the trainer needs us

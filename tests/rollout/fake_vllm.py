@@ -30,6 +30,7 @@ class FakeVllm:
         self.faults: list[Any] = []
         self.version, self.first, self.seen, self.routes = "default", 0, [], []
         self.restarts = 0
+        self.received: dict[str, Any] = {}
         self.lock = threading.Lock()
         self.start()
 
@@ -99,6 +100,7 @@ class FakeVllm:
             self.group = join(store, meeting["first_rank"], meeting["world"], CPU, 5)
         if route == "/update_weights":
             tensors = self.weights(body["update_info"])
+            self.received |= {name: (tensor.shape, float(tensor.double().sum())) for name, tensor in tensors.items()}
             self.first = int(tensors.get("w", [self.first])[0])
         if route != "/inference/v1/generate":
             return {}

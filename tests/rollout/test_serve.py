@@ -76,7 +76,7 @@ def test_a_server_that_ends_is_started_again_and_none_is_left(
     assert process.returncode == 0 and errors == ""
     lines = told.splitlines()
     assert lines[0] == f"ready: {url}"
-    assert lines[1].startswith(f"{url} ended and is started again: it ended without a word; see {tmp_path}/run/vllm/")
+    assert lines[1].startswith(f"{url} ended and is started again: it ended without a word; see {tmp_path}/server_")
     assert not is_healthy(url) and not urls.exists()
 
 
