@@ -96,8 +96,8 @@ class FakeVllm:
             self.version = body["new_version"]
         if route == "/init_weight_transfer_engine":
             meeting = body["init_info"]
-            store = go_to_meeting(meeting["address"], meeting["port"], 5)
-            self.group = join(store, meeting["first_rank"], meeting["world"], CPU, 5)
+            store = go_to_meeting(meeting["address"], meeting["port"], meeting["timeout_s"])
+            self.group = join(store, meeting["first_rank"], meeting["world"], CPU, meeting["timeout_s"])
         if route == "/update_weights":
             tensors = self.weights(body["update_info"])
             self.received |= {name: (tensor.shape, float(tensor.double().sum())) for name, tensor in tensors.items()}

@@ -122,8 +122,8 @@ class _Sender:
         def invite(place: int) -> None:
             client = self._clients[place]
             client.begin_update()
-            first = 1 + sum(sizes[:place])
-            client.connect({"address": address, "port": store.port, "first_rank": first, "world": world})
+            meeting = {"address": address, "port": store.port, "world": world, "timeout_s": self._timeout_s}
+            client.connect(meeting | {"first_rank": 1 + sum(sizes[:place])})
 
         def meet() -> None:
             self._group = join(store, 0, world, self._device, self._timeout_s)

@@ -17,9 +17,6 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from padd_ds.rollout.vllm.exchange import read_part
 from padd_ds.rollout.vllm.network import go_to_meeting, join, receive
 
-NETWORK_TIMEOUT_S = 900.0
-"""For the sender's next layer."""
-
 
 @dataclass
 class Nothing(WeightTransferInitInfo):
@@ -73,6 +70,8 @@ class Meeting(WeightTransferInitInfo):
     port: int
     first_rank: int
     world: int
+    timeout_s: float
+    """For the sender's next layer."""
 
 
 @dataclass
@@ -91,8 +90,8 @@ class Broadcasts(MappedFiles):
     def init_transfer_engine(self, init_info: Meeting) -> None:
         own = self.parallel_config
         rank = init_info.first_rank + own.data_parallel_index * own.world_size + own.rank
-        store = go_to_meeting(init_info.address, init_info.port, NETWORK_TIMEOUT_S)
-        self._group = join(store, rank, init_info.world, self.device, NETWORK_TIMEOUT_S)
+        store = go_to_meeting(init_info.address, init_info.port, init_info.timeout_s)
+        self._group = join(store, rank, init_info.world, self.device, init_info.timeout_s)
 
     def receive_weights(self, update_info: Layer) -> None:
         self.model.load_weights(receive(self._group, update_info.part, self.device))
