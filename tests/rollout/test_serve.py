@@ -83,7 +83,9 @@ def test_a_server_that_ends_is_started_again_and_none_is_left(
 def test_a_server_that_does_not_start_is_told_in_one_line(
     serve: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
 ) -> None:
-    (tmp_path / "python").write_text("#!/bin/sh\n[ $1 = -c ] && echo 0.32.0 || echo ValueError: planted; exit 0\n")
+    (tmp_path / "python").write_text(
+        "#!/bin/sh\n[ $1 = -c ] && echo 0.32.0 || echo ValueError: planted; echo WARNING OSError: no cause; exit 0\n"
+    )
     process = serve()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2

@@ -146,7 +146,8 @@ class Server:
         for pattern, message in _CAUSES:
             if found := re.findall(pattern, log):
                 return f"{message.format(found[-1])}; see {self.log_path}"
-        errors = [line for line in log.splitlines() if re.search(r"\b\w*(Error|Exception)\b", line)]
+        lines = [line for line in log.splitlines() if not re.search(r"\b(INFO|WARNING)\b", line)]
+        errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b", line)]
         return f"{errors[-1].strip() if errors else 'it ended without a word'}; see {self.log_path}"
 
     def command(self) -> list[str]:
