@@ -29,6 +29,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--devices-per-node", type=int, help="in place of the cluster's, where fewer are used")
     parser.add_argument("--mean-prompt", type=int, metavar="TOKENS", help="default: the longest that is allowed")
     parser.add_argument("--mean-response", type=int, metavar="TOKENS", help="default: the longest that is allowed")
+    parser.add_argument(
+        "--server-nodes", type=int, metavar="N", help="further nodes for vllm.servers (default, where there are: 1)"
+    )
     parser.add_argument("--validate", action="store_true", help="exit code 2 where the run as configured cannot fit")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the YAML file")
@@ -37,9 +40,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     parsed = parse_arguments(sys.argv[1:])
-    for option in ("mean_prompt", "mean_response"):
-        if (tokens := getattr(parsed, option)) is not None and tokens < 1:
-            raise UserError(f"--{option.replace('_', '-')} {tokens} must be at least 1")
+    for option in ("mean_prompt", "mean_response", "server_nodes"):
+        if (given := getattr(parsed, option)) is not None and given < 1:
+            raise UserError(f"--{option.replace('_', '-')} {given} must be at least 1")
 
     # Imported late, so that --help does not wait for torch.
     from padd_ds.planning.plan import make_plan
@@ -52,6 +55,7 @@ def main() -> None:
         devices_per_node=parsed.devices_per_node,
         mean_prompt=parsed.mean_prompt,
         mean_response=parsed.mean_response,
+        server_nodes=parsed.server_nodes,
     )
     print(plan.text)
     if parsed.json is not None:

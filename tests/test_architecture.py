@@ -18,7 +18,7 @@ LAYERS = [
     {"engine"},
     {"stages"},
     {"run", "evaluation", "report"},
-    {"train", "convert", "evaluate", "export", "cache", "plan"},
+    {"train", "convert", "evaluate", "export", "cache", "plan", "serve"},
 ]
 LIGHT = {"errors", "files", "launcher", "config"}
 HEAVY_MODULES = {"torch", "transformers", "deepspeed", "datasets"}

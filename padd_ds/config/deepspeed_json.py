@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from padd_ds.config.load import nearest
 from padd_ds.config.schema import RunConfig
@@ -45,6 +45,13 @@ EXPERT_PARALLEL_KEYS = frozenset(
 """DeepSpeed reads this section key by key and ignores the rest in silence."""
 
 SUPPORTED_ZERO_STAGES = (0, 1, 2, 3)
+
+
+def precision(tree: Mapping[str, Any]) -> Literal["bfloat16", "float32"]:
+    """What the JSON asks for; it owns that choice. UserError for fp16."""
+    if tree.get("fp16", {}).get("enabled", False):
+        raise UserError("the DeepSpeed JSON enables fp16, which is not supported; use bf16 or neither")
+    return "bfloat16" if tree.get("bf16", {}).get("enabled", False) else "float32"
 
 
 def load_deepspeed_json(path: Path) -> dict[str, Any]:

@@ -191,7 +191,12 @@ class VllmConfig:
     vLLM cannot, no."""
     exchange: str | None = None
     """Folder through which weights go to the servers, whole on every node; default: in the node's own memory
-    (/dev/shm). Experts that are spread over nodes need a folder that all nodes see."""
+    (/dev/shm). Experts that are spread over nodes need a folder that all nodes see, and so do servers."""
+    servers: list[str] | str | None = None
+    """Servers on nodes of their own (padd-serve): their URLs, or a file of a URL a line. Default: every
+    ranks_per_server ranks start one on their GPUs."""
+    transport: Literal["files", "network"] = "files"
+    """How weights come to servers: through exchange, or from rank 0 by NCCL (on a CPU by gloo)."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of a node's first server, its next one takes the next; 0: free ones."""
     start_timeout_s: Positive = 900.0
@@ -207,11 +212,23 @@ class VllmConfig:
 
     @model_validator(mode="after")
     def _a_server_has_its_ranks_gpus(self) -> "VllmConfig":
-        if self.tensor_parallel > self.ranks_per_server:
+        if self.servers is None and self.tensor_parallel > self.ranks_per_server:
             raise ValueError(
                 f"tensor_parallel {self.tensor_parallel} is more than the GPUs of ranks_per_server "
                 f"{self.ranks_per_server}; raise that"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_reach_every_server(self) -> "VllmConfig":
+        if self.servers is None and self.transport == "network":
+            raise ValueError(
+                "transport is network, but the ranks start their servers themselves: set servers, or files"
+            )
+        if self.servers is not None and self.transport == "files" and self.exchange is None:
+            raise ValueError("servers read weights from a folder: set exchange to one that all nodes see, or transport")
+        if self.servers is not None and self.sleep:
+            raise ValueError("servers have their GPUs to themselves: leave sleep out")
         return self
 
 

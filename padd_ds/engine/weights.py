@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
@@ -64,27 +65,61 @@ def local_tensors(student: Student, share: Share | None = None) -> Iterator[tupl
     must go through all layers.
     """
     share = share or Share(experts=_is_first_replica(student), rest=student.ranks.is_main)
+    firsts = {
+        f"{prefix}.experts": layer.ep_rank * layer.num_local_experts
+        for prefix, layer in student.model.named_modules()
+        if isinstance(layer, AutoEPMoELayer)
+    }
+    for label, tensors in _layers(student):
+        named: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            stacked = _STACKED.fullmatch(name)
+            if stacked is not None and share.experts:
+                named |= _each_expert(tensor, stacked[1], stacked[2], firsts[stacked[1]])
+            elif share.rest and (plain := checkpoint_name(name)) is not None:
+                named[plain] = tensor
+        yield label, named
+
+
+def whole_tensors(student: Student) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """(label, tensors by name): on rank 0 every tensor of the checkpoint, on the others none.
+
+    One layer at a time, so rank 0 needs room for one whole layer beside its own weights. Collective: every rank must
+    go through all layers.
+    """
+    main = student.ranks.is_main
+    group = groups._get_expert_parallel_group(student.layers[0].ep_group_name) if student.layers else None
+    gives = group is not None and torch.distributed.get_process_group_ranks(group)[0] == 0
+    for label, tensors in _layers(student):
+        named: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            stacked = _STACKED.fullmatch(name)
+            if stacked is not None and gives:
+                for place, part_E in enumerate(_gather_on_main(tensor, group, main)):
+                    named |= _each_expert(part_E, stacked[1], stacked[2], place * len(tensor))
+            elif main and (plain := checkpoint_name(name)) is not None:
+                named[plain] = tensor
+        yield label, named
+
+
+def _gather_on_main(tensor: torch.Tensor, group: Any, main: bool) -> list[torch.Tensor]:
+    """The tensors of the ranks of a group, of equal shape, on rank 0, which is its first; elsewhere nothing."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group=group))] if main else []
+    torch.distributed.gather(tensor.contiguous(), parts or None, dst=0, group=group)
+    return parts
+
+
+def _layers(student: Student) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """(label, tensors by their live name) of one layer at a time, each whole but for the experts of other ranks."""
     tied = set(student.model.all_tied_weights_keys)  # the same tensor stands under another name too
     by_layer: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in student.model.state_dict(keep_vars=True).items():
         if name not in tied:
             layer = _LAYER.match(name)
             by_layer.setdefault(f"layer_{int(layer[1]):05d}" if layer else "rest", {})[name] = tensor
-    firsts = {
-        f"{prefix}.experts": layer.ep_rank * layer.num_local_experts
-        for prefix, layer in student.model.named_modules()
-        if isinstance(layer, AutoEPMoELayer)
-    }
     for label, tensors in by_layer.items():
         with gathered(tensors.values()):
-            named: dict[str, torch.Tensor] = {}
-            for name, tensor in tensors.items():
-                stacked = _STACKED.fullmatch(name)
-                if stacked is not None and share.experts:
-                    named |= _each_expert(tensor.detach(), stacked[1], stacked[2], firsts[stacked[1]])
-                elif share.rest and (plain := checkpoint_name(name)) is not None:
-                    named[plain] = tensor.detach()
-            yield label, named
+            yield label, {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def gathered(tensors: Iterable[torch.Tensor]) -> AbstractContextManager[object]:

@@ -8,6 +8,7 @@ from typing import Any
 from padd_ds.planning.cluster import Cluster
 from padd_ds.planning.estimate import Estimate, estimate_step
 from padd_ds.planning.memory import MemoryPlan, plan_memory
+from padd_ds.planning.servers import ServerPlan
 from padd_ds.planning.shape import ModelShape
 from padd_ds.planning.workload import Layout, Workload
 
@@ -34,6 +35,8 @@ class Question:
     longest: Workload
     mean: Workload
     cluster: Cluster
+    servers: ServerPlan | None = None
+    """Of rollouts."""
 
     def answer(self, layout: Layout, **changed: Any) -> Choice:
         """The plan of one layout; `changed` replaces fields of the workload."""
@@ -42,6 +45,9 @@ class Question:
         memory = plan_memory(self.student, self.teacher, layout, longest, on_cpu=on_cpu)
         host = sum(memory.host.values()) * self.cluster.devices_per_node
         fits = memory.peak <= self.cluster.usable_bytes and host <= self.cluster.host_memory_gib * 2**30
+        if self.servers is not None:
+            # Linux gives /dev/shm half of the memory.
+            fits &= self.servers.fits and self.servers.exchanged <= self.cluster.host_memory_gib * 2**30 / 2
         estimate = estimate_step(self.student, self.teacher, layout, mean, self.cluster)
         return Choice(layout=layout, work=longest, memory=memory, estimate=estimate, fits=fits)
 

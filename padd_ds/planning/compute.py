@@ -21,15 +21,16 @@ def forward_flops(model: ModelShape, tokens: float, context: float, with_logits:
 
 
 def step_flops(student: ModelShape, teacher: ModelShape | None, work: Workload) -> dict[str, float]:
-    """By phase: rollout, scoring, teacher, update; of one rank."""
+    """By phase: rollout, unless servers do it, scoring, teacher, update; of one rank."""
     rows, context = work.rows, work.sequence
     tokens, responses = rows * work.sequence, rows * work.response_tokens
     once = forward_flops(student, tokens, context, responses)
     flops = {}
-    if work.group:
+    if work.group and work.served is None:
         prefill = forward_flops(student, work.prompts * work.prompt_tokens, work.prompt_tokens, 0)
         mean_context = work.prompt_tokens + work.response_tokens / 2
         flops["rollout"] = prefill + forward_flops(student, responses, mean_context, responses)
+    if work.group:
         flops["scoring"] = once
     if teacher is not None and work.distils:
         prompts = work.prompts if work.group else rows

@@ -41,7 +41,7 @@ def estimate_step(
     flops = step_flops(student, teacher, work)
     reached = cluster.tflops * 1e12 * cluster.tflops_share
     seconds = {phase: count / reached for phase, count in flops.items()}
-    if work.group:
+    if "rollout" in seconds:
         seconds["rollout"] = _rollout_s(student, layout, work, cluster, seconds["rollout"])
     transfers = step_transfers(student, teacher, layout, work)
     communicating: dict[str, float] = {}

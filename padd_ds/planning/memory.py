@@ -72,7 +72,11 @@ def plan_memory(
     }
     if work.group:
         kept = gradients if layout.zero_stage == 3 else {}
-        moments["rollout"] = resting | gathered | kept | _rollout(student, layout, work)
+        generating = _rollout(student, layout, work) if work.served is None else {}
+        moments["rollout"] = resting | gathered | kept | generating
+    if work.served is not None:
+        for moment, parts in moments.items():
+            parts["rollout server"] = work.served.awake if moment == "rollout" else work.served.asleep
     return MemoryPlan(moments=moments, host=host)
 
 

@@ -1,6 +1,6 @@
 """A plan from the files that a run is started with."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from padd_ds.hf import read_config
 from padd_ds.planning.choices import Choice, Question, all_choices, recommended
 from padd_ds.planning.cluster import load_cluster
 from padd_ds.planning.report import render
+from padd_ds.planning.servers import plan_servers
 from padd_ds.planning.shape import shape_of
 from padd_ds.planning.workload import layout_of, workload_of
 
@@ -34,6 +35,7 @@ def make_plan(
     devices_per_node: int | None = None,
     mean_prompt: int | None = None,
     mean_response: int | None = None,
+    server_nodes: int | None = None,
 ) -> Plan:
     """Read the run, the models' shapes and the cluster, and plan; UserError on the first thing that is wrong."""
     config, cluster = load_run_config(run, overrides), load_cluster(cluster_file, nodes, devices_per_node)
@@ -49,18 +51,27 @@ def make_plan(
         teacher = shape_of(read, f"model.teacher {config.model.teacher}")
     size = check_parallelism(path, tree, cluster.world, student.experts or None, config.model.expert_compute)
     check_batches(config, cluster.world)
+    layout = layout_of(tree, cluster.world, size)
+    servers = plan_servers(config, student, cluster, layout.value_bytes, server_nodes)
+    served = None if servers is None else servers.share
     question = Question(
         student=student,
         teacher=teacher,
-        longest=workload_of(config, cluster.world),
-        mean=workload_of(config, cluster.world, mean_prompt, mean_response),
+        longest=replace(workload_of(config, cluster.world), served=served),
+        mean=replace(workload_of(config, cluster.world, mean_prompt, mean_response), served=served),
         cluster=cluster,
+        servers=servers,
     )
-    asked = question.answer(layout_of(tree, cluster.world, size))
+    asked = question.answer(layout)
     choices = all_choices(question, asked.layout)
     best, changes = recommended(question, choices)
     text = render(question, asked, choices, best, changes)
-    facts = {"asked": facts_of(asked), "recommended": None if best is None else facts_of(best) | {"changes": changes}}
+    facts: dict[str, Any] = {
+        "asked": facts_of(asked),
+        "recommended": None if best is None else facts_of(best) | {"changes": changes},
+    }
+    if servers is not None:
+        facts["servers"] = asdict(servers) | {"fits": servers.fits}
     return Plan(text=text, fits=asked.fits, facts=facts)
 
 

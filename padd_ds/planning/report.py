@@ -3,13 +3,17 @@
 from collections.abc import Iterator
 
 from padd_ds.planning.choices import Choice, Question
+from padd_ds.planning.servers import ServerPlan
 
 GIB = 2**30
 
 
 def render(question: Question, asked: Choice, choices: list[Choice], best: Choice | None, changes: list[str]) -> str:
     """What was asked, what it needs, what else there is, and what to take."""
-    parts = [_what(question, asked), _memory(question, asked), _traffic(asked), _time(question, asked)]
+    parts = [_what(question, asked), _memory(question, asked)]
+    if question.servers is not None:
+        parts.append(_servers(question, question.servers))
+    parts += [_traffic(asked), _time(question, asked)]
     parts += [_table(question, asked, choices), _verdict(question, asked, best, changes), _assumptions(question)]
     return "\n\n".join("\n".join(part) for part in parts)
 
@@ -42,6 +46,23 @@ def _memory(question: Question, asked: Choice) -> Iterator[str]:
     yield f"the device has {question.cluster.usable_bytes / GIB:.1f} GiB for it"
     for name, size in asked.memory.host.items():
         yield f"in the node's memory: {name} {size * question.cluster.devices_per_node / GIB:.1f} GiB for all its ranks"
+
+
+def _servers(question: Question, plan: ServerPlan) -> Iterator[str]:
+    where = f"on {plan.nodes} nodes of their own" if plan.nodes else "on the ranks' GPUs"
+    yield f"Rollout servers: {plan.servers} of {plan.tensor_parallel} GPUs each, {where}"
+    yield (
+        f"of each GPU {plan.room / GIB:.1f} GiB: weights {plan.weights / GIB:.2f}, the longest sequence "
+        f"{plan.longest / GIB:.2f}, {'the rest for others' if plan.fits else 'which is too little'}"
+    )
+    if not plan.nodes:
+        yield f"given back while the student is trained: {'yes' if plan.sleep else 'no'}"
+    if plan.exchanged:
+        yield (
+            f"in each node's /dev/shm: weights {plan.exchanged / GIB:.1f} GiB, of "
+            f"{question.cluster.host_memory_gib / 2:.0f} where it has half of the memory"
+        )
+    yield "how long they take for the responses is not estimated"
 
 
 def _traffic(asked: Choice) -> Iterator[str]:
@@ -89,6 +110,12 @@ def _table(question: Question, asked: Choice, choices: list[Choice]) -> Iterator
 def _verdict(question: Question, asked: Choice, best: Choice | None, changes: list[str]) -> Iterator[str]:
     needed = f"{asked.memory.peak / GIB:.1f} GiB of {question.cluster.usable_bytes / GIB:.1f}"
     yield f"As configured it {'fits' if asked.fits else 'does not fit'}: {needed}."
+    if question.servers is not None and not question.servers.fits:
+        yield (
+            "The student does not fit a rollout server: raise vllm.tensor_parallel, or vllm.memory_share and "
+            "vllm.cache_gib."
+        )
+        return
     if best is None:
         yield f"Nothing here fits, not with {', '.join(changes)} either: take more or larger devices."
         return

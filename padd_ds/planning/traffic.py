@@ -58,9 +58,12 @@ def token_passes(work: Workload) -> Iterator[tuple[str, int, int, int]]:
     if work.group:
         at_once = work.prompts_at_once
         batches = -(-work.prompts // at_once)
-        # Each prompt once, all but its last token behind one of padding; then a token of each response at a time.
-        yield "rollout", at_once * work.prompt_tokens, batches, 0
-        yield "rollout", at_once * work.group, batches * work.response_tokens, 0
+        if work.served is not None:
+            yield "rollout", 0, 1, 0  # each layer's weights are made whole for the servers
+        else:
+            # Each prompt once, all but its last token behind one of padding; then a token of each response at a time.
+            yield "rollout", at_once * work.prompt_tokens, batches, 0
+            yield "rollout", at_once * work.group, batches * work.response_tokens, 0
         yield "scoring", work.micro_batch * work.sequence, work.updates * work.micro_batches, 0
     trained = work.updates * work.micro_batches
     yield "update", work.micro_batch * work.sequence, trained, trained

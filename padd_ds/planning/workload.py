@@ -63,6 +63,16 @@ def layout_of(tree: Mapping[str, Any], world: int, expert_parallel: int) -> Layo
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerShare:
+    """Bytes that a rollout server takes of a training rank's device."""
+
+    awake: float
+    """In the rollout."""
+    asleep: float
+    """While the student is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """One training step of one rank."""
 
@@ -88,6 +98,8 @@ class Workload:
     trains_all: bool
     """Every weight, or the experts alone."""
     teacher_placement: str = "replicated"
+    served: ServerShare | None = None
+    """Where servers draw the responses instead of the ranks."""
 
     @property
     def sequence(self) -> int:

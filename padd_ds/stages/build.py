@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from padd_ds.config.deepspeed_json import check_batches, check_parallelism, load_deepspeed_json
+from padd_ds.config.deepspeed_json import check_batches, check_parallelism, load_deepspeed_json, precision
 from padd_ds.config.schema import RunConfig
 from padd_ds.conversion.targets import ConversionTargets, load_targets
 from padd_ds.data.answers import AnswerFormat
@@ -80,7 +80,7 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         expert_parallel_keys(student)
         check_parallelism(json_path, tree, world_size, student.n_routed_experts, config.model.expert_compute)
     check_batches(config, world_size)
-    dtype = model_dtype(tree)
+    dtype = getattr(torch, precision(tree))
     if config.has_rollouts and config.policy.kl_weight > 0 and config.model.reference is not None:
         reference = read_config(config.model.reference, trust_remote_code=trust)
         check_vocabularies(f"model.reference {config.model.reference}", reference.vocab_size, student.vocab_size)
@@ -91,7 +91,7 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         if config.reads_corpora:
             check_sequence_length(config.warmup.sequence_length, f"model.teacher {config.model.teacher}", teacher)
     reward_rules(config)
-    if config.uses_vllm:
+    if config.uses_vllm and config.vllm.servers is None:
         check_installed(config.vllm)
     tokenizer = load_tokenizer(config.model.student, trust_remote_code=trust)
     data: TrainingData | Blend
@@ -140,13 +140,6 @@ def _build(inputs: Inputs, ranks: Ranks, servers: RolloutServers | None) -> Any:
     if config.stage == "warmup":
         return _warmup_stage(inputs, student, teacher)
     return _joint_stage(inputs, student, teacher, servers)
-
-
-def model_dtype(tree: dict[str, Any]) -> torch.dtype:
-    """The precision that the DeepSpeed JSON asks for; it owns that choice."""
-    if tree.get("fp16", {}).get("enabled", False):
-        raise UserError("the DeepSpeed JSON enables fp16, which is not supported; use bf16 or neither")
-    return torch.bfloat16 if tree.get("bf16", {}).get("enabled", False) else torch.float32
 
 
 def _targets(config: RunConfig, student_config: Any) -> ConversionTargets | None:

@@ -1,27 +1,36 @@
-"""An HTTP server that answers as vLLM's does, with the faults that a test asks for.
+"""An HTTP server that answers as vLLM's does, with the faults that a test asks for; run by path, a process.
 
 Its responses tell the weights that they were made by: the first token is the first value of the tensor `w`.
 """
 
 import contextlib
 import json
+import os
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from padd_ds.rollout.vllm.exchange import read_part
+from padd_ds.rollout.vllm.network import go_to_meeting, join, receive
 
 END = 2
+CPU = torch.device("cpu")
 
 
 class FakeVllm:
     """`faults`: what to do to the next requests, in order: an answer's change, `hang`, `die`, or nothing (None)."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0, tokens: int = 1000) -> None:
+        self.port, self.tokens = port, tokens
         self.faults: list[Any] = []
         self.version, self.first, self.seen, self.routes = "default", 0, [], []
         self.restarts = 0
+        self.received: dict[str, Any] = {}
         self.lock = threading.Lock()
         self.start()
 
@@ -30,7 +39,8 @@ class FakeVllm:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer(200, {})
+                told = {"/get_world_size": {"world_size": 1}, "/weight_info": {"weight_version": fake.version}}
+                self.answer(200, told.get(self.path, {}))
 
             def do_POST(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
@@ -40,7 +50,9 @@ class FakeVllm:
                     fault = fake.faults.pop(0) if fake.faults else None
                 if fault == "hang":
                     time.sleep(3)
-                if fault == "die":
+                if self.path == "/padd/end":
+                    threading.Thread(target=fake.restart).start()  # as its supervisor would
+                if fault == "die" or self.path == "/padd/end":
                     self.connection.close()
                     return
                 if isinstance(fault, int):
@@ -60,7 +72,7 @@ class FakeVllm:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", getattr(self, "port", 0)), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.port = self.http.server_address[1]
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -82,9 +94,14 @@ class FakeVllm:
     def act(self, route: str, body: Any) -> Any:
         if route == "/update_weight_version":
             self.version = body["new_version"]
+        if route == "/init_weight_transfer_engine":
+            meeting = body["init_info"]
+            store = go_to_meeting(meeting["address"], meeting["port"], meeting["timeout_s"])
+            self.group = join(store, meeting["first_rank"], meeting["world"], CPU, meeting["timeout_s"])
         if route == "/update_weights":
-            tensors = dict(pair for part in body["update_info"]["parts"] for pair in read_part(part))
-            self.first = int(tensors["w"][0])
+            tensors = self.weights(body["update_info"])
+            self.received |= {name: (tensor.shape, float(tensor.double().sum())) for name, tensor in tensors.items()}
+            self.first = int(tensors.get("w", [self.first])[0])
         if route != "/inference/v1/generate":
             return {}
         sampling = body["sampling_params"]
@@ -92,8 +109,13 @@ class FakeVllm:
         choices = [self.choice(index, sampling) for index in range(sampling["n"])]
         return {"choices": choices[::-1]}
 
+    def weights(self, told: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if "part" in told:
+            return dict(receive(self.group, told["part"], CPU))
+        return dict(pair for part in told["parts"] for pair in read_part(part))
+
     def choice(self, index: int, sampling: dict[str, Any]) -> dict[str, Any]:
-        token_ids = [self.first, sampling["seed"] % 1000 + index, END][: sampling["max_tokens"]]
+        token_ids = [self.first, sampling["seed"] % self.tokens + index, END][: sampling["max_tokens"]]
         content = [{"token_id": token, "logprob": -0.5 * place} for place, token in enumerate(token_ids)]
         return {
             "index": index,
@@ -102,3 +124,18 @@ class FakeVllm:
             "weight_versions": [{"version": self.version, "start": 0, "end": len(token_ids)}],
             "logprobs": {"content": content},
         }
+
+
+def fake_interpreter(path: Path) -> str:
+    """An executable at `path` that stands for a Python with vLLM, whose server is this one."""
+    path.write_text(
+        f'#!/bin/sh\nif [ "$1" = -c ]; then echo 0.32.0; else shift; exec {sys.executable} {__file__} "$@"; fi\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+if __name__ == "__main__":
+    served = FakeVllm(int(sys.argv[sys.argv.index("--port") + 1]), tokens=10)
+    served.restart = lambda: os._exit(1)  # type: ignore[method-assign]
+    threading.Event().wait()

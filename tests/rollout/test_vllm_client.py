@@ -13,6 +13,12 @@ from tests.rollout.fake_vllm import END, FakeVllm
 REQUEST = Request(token_ids=[5, 6], n=2, seed=7, max_new_tokens=4, temperature=1.0, top_p=1.0, end_token_ids=(END,))
 
 
+def update(client: Client) -> None:
+    client.begin_update()
+    client.update({"parts": []})
+    client.end_update("3")
+
+
 @pytest.fixture
 def fake() -> Iterator[FakeVllm]:
     fake = FakeVllm()
@@ -105,7 +111,7 @@ def test_weights_in_between_have_a_version_that_nobody_asks_for(fake: FakeVllm) 
     fake.faults = [None, None, 500]
     client = Client(fake.url, 5)
     with pytest.raises(ServerFault):
-        client.load([], "3")
+        update(client)
     for version in ("default", "3"):
         with pytest.raises(ServerFault, match="updating"):
             client.generate(REQUEST, version)
@@ -114,6 +120,6 @@ def test_weights_in_between_have_a_version_that_nobody_asks_for(fake: FakeVllm) 
 def test_keys_and_values_of_the_weights_before_are_dropped(fake: FakeVllm) -> None:
     fake.faults = [None, None, lambda told: told]
     fake.act = lambda route, body: {}  # type: ignore[method-assign]
-    Client(fake.url, 5).load([], "3")
+    update(Client(fake.url, 5))
     assert fake.routes.index("/reset_prefix_cache") > fake.routes.index("/finish_weight_update")
     assert fake.routes[-1] == "/update_weight_version"

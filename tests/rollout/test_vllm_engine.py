@@ -1,6 +1,7 @@
 """The engine's part: weights before every rollout, failures agreed on, nothing lost or asked twice."""
 
 from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from padd_ds.config.sections import VllmConfig
 from padd_ds.errors import RolloutFailed, UserError
 from padd_ds.rollout.generation import Sampling
-from padd_ds.rollout.vllm.engine import Peers, VllmRollout
+from padd_ds.rollout.vllm.engine import VllmRollout
 from padd_ds.rollout.vllm.exchange import WeightBoard
+from padd_ds.rollout.vllm.transport import ByFiles, Peers
 from tests.rollout.fake_vllm import END, FakeVllm
 
 PROMPTS = torch.tensor([[0, 5, 6], [7, 8, 9], [0, 0, 4]])
@@ -33,10 +35,14 @@ class World:
     def __init__(self, fake: FakeVllm, folder: Path, **options: Any) -> None:
         self.weight = 11.0
         self.said: list[str] = []
+        peers = Peers(neighbours=(0,), exchanging=(0,), gather=lambda mine: [mine], together=lambda action: action())
         self.engine = VllmRollout(
-            peers=Peers(neighbours=(0,), exchanging=(0,), gather=lambda mine: [mine], together=lambda action: action()),
-            weights=lambda: iter([("layer", {"w": torch.tensor([self.weight])})]),
-            board=WeightBoard(folder, 0),
+            peers=peers,
+            transport=ByFiles(
+                peers=peers,
+                weights=lambda: iter([("layer", {"w": torch.tensor([self.weight])})]),
+                board=WeightBoard(folder, 0),
+            ),
             url=fake.url,
             server=fake,  # type: ignore[arg-type]
             options=VllmConfig(answer_timeout_s=1.0, **options),
@@ -128,7 +134,7 @@ def test_ranks_that_share_a_server_agree_when_one_of_them_fails(fake: FakeVllm, 
     """What the other rank tells is that its request failed: the owner starts the server again."""
     world = World(fake, tmp_path)
     world.rollout(0)
-    others = iter([None, "planted", *[None] * 9])
+    others = chain([None, None, None, "planted"], repeat(None))
     world.engine.peers = Peers(
         neighbours=(0, 1),
         exchanging=(0,),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from padd_ds.rollout.vllm.exchange import WeightBoard, read_part
+from padd_ds.rollout.vllm.exchange import WeightBoard, WeightFiles, read_part
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -67,3 +67,17 @@ def test_a_full_device_is_an_error_and_no_signal(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("refused")
+
+
+def test_files_for_other_nodes_get_a_new_name_with_every_writing(tmp_path: Path) -> None:
+    files, written = WeightFiles(tmp_path, 3), tensors() | {"scalar": torch.tensor(2.5), "T": torch.randn(4, 6).T}
+    for _ in range(2):
+        written["a"] = torch.randn(3, 5)
+        files.write("layer", written)
+        files.write("nothing", {})
+        (part,) = files.parts
+        read = dict(read_part(part | {"path": part["path"] + files.suffix}))
+        assert list(read) == list(written)
+        for name, tensor in written.items():
+            assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
+    assert [path.name for path in tmp_path.iterdir()] == ["rank00003-layer.weights.2"]

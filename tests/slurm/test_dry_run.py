@@ -37,6 +37,21 @@ def test_a_job_that_names_a_cluster_is_planned_on_its_own_ranks_and_refused_wher
     assert refused.stderr == f"error: {run}: does not fit {cluster}; the plan above says what does\n"
 
 
+def test_a_job_with_servers_starts_them_on_its_last_nodes_and_trains_on_the_others() -> None:
+    sizes = {"SLURM_JOB_NUM_NODES": "6", "SLURM_NTASKS_PER_NODE": "8", "PADD_LOGS": "L"}
+    lines = told("slurm/joint.sbatch", "vllm.transport=network", "steps=7", SERVER_NODES="2", **sizes)
+    options = "--config ds_configs/runs/joint.yaml vllm.transport=network steps=7 rollout.engine=vllm"
+    assert lines[0] == "# 6 nodes, 8 ranks on each"
+    assert lines[1] == (
+        f"# the last 2 of them serve: srun {sys.executable} -m padd_ds.serve {options} "
+        "vllm.servers=L/servers.txt --logs L"
+    )
+    assert f"{options} vllm.servers=L/servers.txt --resume-or-start" in lines[2]
+    assert "  servers: L/servers.txt" in lines
+    refused = dry_run("slurm/joint.sbatch", SERVER_NODES="2", **sizes)
+    assert refused.returncode == 2 and "set exchange to one that all nodes see, or transport" in refused.stderr
+
+
 def test_the_other_jobs_show_their_command() -> None:
     assert told("slurm/convert.sbatch", "--teacher", "T") == [f"# {sys.executable} -m padd_ds.convert --teacher T"]
     assert told("slurm/eval.sbatch", "--model", "M") == [f"# {sys.executable} -m padd_ds.evaluate --model M"]

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from padd_ds.rollout.vllm.client import Client
+from tests.rollout.fake_vllm import fake_interpreter
 from tests.run.test_stop import metrics, wait_for_steps
 from tests.train_inputs import REPOSITORY, make_inputs
 
@@ -30,10 +32,10 @@ def run(*command: object, **variables: str) -> str:
     return done.stdout.strip()
 
 
-def submit(inputs: Path, name: str, **variables: str) -> str:
+def submit(inputs: Path, name: str, *more: str, **variables: str) -> str:
     """The joint job of these inputs on two nodes of one rank each, its number."""
     job = ("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={inputs}/{name}.log")
-    options = (f"run_dir={inputs}/{name}", f"deepspeed={inputs}/two.json", f"steps={STEPS}")
+    options = (f"run_dir={inputs}/{name}", f"deepspeed={inputs}/two.json", f"steps={STEPS}", *more)
     variables = {"CONFIG": f"{inputs}/run.yaml", "PADD_LOGS": f"{inputs}/{name}-logs", **variables}
     return run(*job, "slurm/joint.sbatch", *options, **variables)
 
@@ -92,6 +94,37 @@ def test_a_rank_that_is_killed_ends_the_job_and_is_named(tmp_path: Path) -> None
     run("kill", "-KILL", *victims)
     wait_for(job, "FAILED", timeout_s=60)
     assert "task 1: Killed" in (tmp_path / "killed.log").read_text()
+
+
+def test_a_job_with_a_server_node_leaves_no_server_however_it_ends(tmp_path: Path) -> None:
+    """Servers that answer as vLLM's do; one is ended on the way."""
+    inputs = make_inputs(tmp_path)
+    options = [f"vllm.python={fake_interpreter(tmp_path / 'python')}", f"vllm.exchange={tmp_path}"]
+
+    def start(name: str, transport: str) -> str:
+        told = [*options, f"vllm.transport={transport}", f"deepspeed={inputs}/one.json"]
+        return submit(inputs, name, *told, SERVER_NODES="1")
+
+    def servers() -> list[str]:
+        found = subprocess.run(["pgrep", "--full", f"fake_vllm.py.*{inputs}"], capture_output=True, text=True)
+        return found.stdout.split()
+
+    job = start("served", "files")
+    wait_for_steps(tmp_path / "served", 2)
+    (url,) = (tmp_path / "served-logs" / "servers.txt").read_text().split()
+    Client(url, 5).end()
+    wait_for(job, "COMPLETED")
+    assert len(metrics(tmp_path / "served")) == STEPS and not servers()
+    assert f"{url} ended and is started again" in (tmp_path / "served-logs" / "serve-0.log").read_text()
+    assert "a rollout server is started again" in (tmp_path / "served-logs" / "rank-0.log").read_text()
+    assert {path.name for path in (tmp_path / "served-logs").glob("rank-*")} == {"rank-0.log"}
+
+    job = start("killed", "network")
+    wait_for_steps(tmp_path / "killed", 2)
+    assert servers()
+    run("kill", "-KILL", *run("pgrep", "--full", f"train.py --config {inputs}/run.yaml").split())
+    wait_for(job, "FAILED", timeout_s=60)
+    assert not servers()
 
 
 def test_the_pipeline_goes_from_a_dense_teacher_to_evaluated_models(tmp_path: Path) -> None:

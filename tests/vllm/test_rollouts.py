@@ -62,9 +62,11 @@ def engines(ranks: Ranks, model: str, url: str, folder: str, expert_parallel: in
     servers = RolloutServers(
         server=Started() if ranks.is_main else None,  # type: ignore[arg-type]
         url=url,
+        all_urls=(url,),
         neighbours=everyone,
         exchanging=everyone,
         folder=Path(folder),
+        sleep=False,
     )
     return student, rollout_engine(config, student, tokenizer), rollout_engine(config, student, tokenizer, servers)
 

@@ -5,7 +5,8 @@ weights, the prefix cache and sleep.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,15 +56,45 @@ class Client:
         self.url = url
         self._timeout_s = timeout_s
 
-    def load(self, parts: Sequence[Mapping[str, Any]], version: str) -> None:
-        """Take over the weights in `parts` as `version`. ServerFault: the weights are then in an unknown state."""
+    def begin_update(self) -> None:
+        """Weights are to come; ServerFault from here to `end_update`: they are in an unknown state."""
         self._post("update_weight_version", {"new_version": UPDATING})
         self._post("start_weight_update")
-        self._post("update_weights", {"update_info": {"parts": list(parts)}})
+
+    def connect(self, meeting: Mapping[str, Any]) -> None:
+        """Have the workers join a group of senders and receivers; answers when all are there."""
+        self._post("init_weight_transfer_engine", {"init_info": meeting})
+
+    def update(self, weights: Mapping[str, Any]) -> None:
+        """Take over some of the weights."""
+        self._post("update_weights", {"update_info": weights})
+
+    def end_update(self, version: str) -> None:
+        """All weights have come; from now on they are `version`."""
         self._post("finish_weight_update", {"weight_version": UPDATING})
         # Keys and values of the weights before.
         self._post("reset_prefix_cache")
         self._post("update_weight_version", {"new_version": version})
+
+    def workers(self) -> int:
+        """How many processes hold the weights."""
+        told = self._get("get_world_size")
+        try:
+            return int(told["world_size"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServerFault(f"{self.url}/get_world_size answers {told!r}") from error
+
+    def is_new(self) -> bool:
+        """Whether it has the weights that a server starts with; False where it does not answer."""
+        try:
+            return bool(self._get("weight_info") == {"weight_version": AS_STARTED})
+        except ServerFault:
+            return False
+
+    def end(self) -> None:
+        """Have the server's process end at once, whatever its engine does; nothing where there is none."""
+        with suppress(ServerFault):  # its connection ends with it
+            self._post("padd/end")
 
     def generate(self, request: Request, version: str) -> list[Answer]:
         """The responses, in the order of their seeds, all of them made by the weights of `version`.
@@ -93,9 +124,15 @@ class Client:
         """Take memory again, for `weights` or for the `kv_cache`."""
         self._post(f"wake_up?tags={tag}")
 
+    def _get(self, route: str) -> Any:
+        return self._ask("GET", route)
+
     def _post(self, route: str, body: Mapping[str, Any] | None = None) -> Any:
+        return self._ask("POST", route, body)
+
+    def _ask(self, method: str, route: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
-            answer = requests.post(f"{self.url}/{route}", json=body, timeout=self._timeout_s)
+            answer = requests.request(method, f"{self.url}/{route}", json=body, timeout=self._timeout_s)
             if 400 <= answer.status_code < 500:
                 raise RolloutFailed(f"{self.url}/{route} refuses what it is asked: {answer.text[:300]}")
             if answer.status_code != 200:

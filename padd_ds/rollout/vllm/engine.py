@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -16,25 +15,19 @@ from padd_ds.config.sections import VllmConfig
 from padd_ds.errors import RolloutFailed, UserError
 from padd_ds.rollout.generation import Responses, Sampling
 from padd_ds.rollout.vllm.client import Answer, Client, Request
-from padd_ds.rollout.vllm.exchange import WeightBoard
-from padd_ds.rollout.vllm.server import Server, ServerFault
+from padd_ds.rollout.vllm.server import ServerFault, fault_of
+from padd_ds.rollout.vllm.transport import Peers, Transport
 
 REQUESTS_AT_ONCE = 256
 """Of one rank, each for a prompt's whole group."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Peers:
-    """The ranks of the run, as far as rollouts have to agree with them."""
+class Restartable(Protocol):
+    """A server that this rank looks after: one of its own (`server.Server`) or another's (`remote.RemoteServer`)."""
 
-    neighbours: tuple[int, ...]
-    """The ranks that share this rank's server, itself among them; the first of them started it."""
-    exchanging: tuple[int, ...]
-    """The ranks whose files this rank's server reads: together they write every tensor once."""
-    gather: Callable[[Any], list[Any]]
-    """What every rank gave, in the order of ranks. Collective."""
-    together: Callable[[Callable[[], Any]], Any]
-    """Runs something on every rank; if it fails on one, all raise. Collective."""
+    def restart(self) -> None:
+        """Wait until it is there again, with the weights that it started with; UserError if it does not come."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -45,19 +38,16 @@ class VllmRollout:
     """
 
     peers: Peers
-    weights: Callable[[], Iterator[tuple[str, dict[str, torch.Tensor]]]]
-    """(label, tensors) of what this rank writes, one layer at a time. Collective."""
-    board: WeightBoard
+    transport: Transport
     url: str
-    server: Server | None
-    """Where this rank started it."""
+    server: Restartable | None
+    """Where this rank looks after it."""
     options: VllmConfig
     sleeps: bool
     end_token_ids: tuple[int, ...]
     pad_token_id: int
     say: Callable[[str], None]
     _version: str = field(init=False, default="")
-    _parts: list[dict[str, Any]] = field(init=False, default_factory=list)
     _loaded: str = field(init=False, default="")
     """The version that this rank's own server has; empty: none of ours."""
     _asleep: bool = field(init=False, default=False)
@@ -72,11 +62,7 @@ class VllmRollout:
     def ready(self, version: int) -> Iterator[None]:
         """See RolloutEngine. Afterwards the servers give their memory back, where they can."""
         self._version = str(version)
-        for label, tensors in self.weights():
-            self.peers.together(partial(self.board.write, label, tensors))
-        if not self._parts:
-            written = self.peers.gather(self.board.parts)
-            self._parts = [part for rank in self.peers.exchanging for part in written[rank]]
+        self.transport.publish()
         self._until_no_server_fails(lambda: None)
         yield
         if self.sleeps:
@@ -123,25 +109,29 @@ class VllmRollout:
         if faults:
             raise faults[0]
 
-    def _ensure_loaded(self) -> None:
-        """This rank's own server, well and with the weights of this version."""
-        if self.server is None:
-            return
-        if self._fault is not None:
+    def _revive(self) -> None:
+        """This rank's own server, well again."""
+        if self.server is not None and self._fault is not None:
             self.say(f"a rollout server is started again: {self._fault}")
             try:
                 self.server.restart()
             except UserError as error:
                 raise ServerFault(str(error)) from error
             self._fault, self._asleep, self._loaded = None, False, ""
-        client = self._client
-        if self._loaded != self._version:
-            if self._asleep:
-                client.wake_up("weights")
-            client.load(self._parts, self._version)
-            if self._asleep:
-                client.wake_up("kv_cache")
-            self._asleep, self._loaded = False, self._version
+
+    def _load(self) -> None:
+        """This rank's own server with the weights of this version. Collective."""
+        is_behind = self.server is not None and self._loaded != self._version
+        if is_behind and self._asleep:
+            self._client.wake_up("weights")
+        self._loaded = ""
+        self.transport.load(self._client if is_behind else None, self._version)
+        self._loaded = self._version
+
+    def _wake_up(self) -> None:
+        if self._asleep:
+            self._client.wake_up("kv_cache")
+            self._asleep = False
 
     def _sleep(self) -> None:
         if self.server is not None and not self._asleep:
@@ -154,10 +144,11 @@ class VllmRollout:
         RolloutFailed when that was done often enough. Collective.
         """
         for _ in range(self.options.max_restarts + 1):
-            faults = self._try(self._ensure_loaded)
-            if not any(faults):
-                faults = self._try(work)
-            if not any(faults):
+            for part in (self._revive, self._load, self._wake_up, work):
+                faults = self._try(part)
+                if any(faults):
+                    break
+            else:
                 return
             if self.server is not None:
                 self._fault = next(filter(None, (faults[rank] for rank in self.peers.neighbours)), None)
@@ -169,7 +160,7 @@ class VllmRollout:
 
     def _try(self, work: Callable[[], None]) -> list[str | None]:
         """What was wrong with the server of each rank, if anything. Collective."""
-        return self.peers.gather(self.peers.together(lambda: _fault_of(work)))
+        return self.peers.gather(self.peers.together(lambda: fault_of(work)))
 
 
 def as_responses(answers: Sequence[Answer], pad_token_id: int, device: torch.device) -> Responses:
@@ -190,11 +181,3 @@ def as_responses(answers: Sequence[Answer], pad_token_id: int, device: torch.dev
         ended_B=torch.tensor([answer.ended for answer in answers], device=device),
         logprobs_BR=logprobs_BR.to(device),
     )
-
-
-def _fault_of(work: Callable[[], None]) -> str | None:
-    try:
-        work()
-    except ServerFault as fault:
-        return str(fault)
-    return None

@@ -3,7 +3,8 @@
     keeper.py FOLDER COMMAND...
 
 The command gets a process group of its own. A byte on standard input, or its end, which also comes when the starter
-dies of whatever, and the whole group is asked to end, and killed if it does not. After the end FOLDER is deleted too.
+dies of whatever, and the whole group is asked to end, and killed if it does not. Where the starter died,
+FOLDER is deleted too, unless it is empty text.
 Ends with the command's exit code where that ends by itself.
 """
 
@@ -44,7 +45,7 @@ def main() -> int:
         time.sleep(0.05)
     _signal_group(child.pid, signal.SIGKILL)
     code = child.wait()
-    if starter_is_gone:
+    if starter_is_gone and folder:
         shutil.rmtree(folder, ignore_errors=True)
     return code if code >= 0 else 128 - code
 

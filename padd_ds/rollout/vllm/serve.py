@@ -1,6 +1,23 @@
 """vLLM's own HTTP server, by its own command line; run by path inside vLLM's interpreter."""
 
+import os
+import signal
+from typing import Any
+
 from vllm.entrypoints.launchers.api_server.entry import main
+
+
+class Ending:
+    """Middleware of servers that a trainer on another node uses: POST /padd/end ends the process, hung or not."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] == "/padd/end":
+            os.kill(os.getpid(), signal.SIGKILL)
+        await self._app(scope, receive, send)
+
 
 if __name__ == "__main__":
     main()

@@ -1,12 +1,13 @@
 """One vLLM server as a child process: its command line, its start, its end."""
 
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import requests
 from padd_ds.config.sections import VllmConfig
 from padd_ds.errors import UserError
 
+LOCAL, ANYWHERE = "127.0.0.1", "0.0.0.0"
+"""Where a server listens: for this host's processes, or for all that reach it."""
 KEEPER, SERVE = (Path(__file__).with_name(name) for name in ("keeper.py", "serve.py"))
 OLDEST_VERSION, NEWEST_VERSION = (0, 32), (0, 32)
 """Of vLLM; `worker` reaches into it, and was run with these."""
@@ -29,6 +32,10 @@ _CAUSES = (
         "not enough memory ({0}); lower vllm.memory_share or vllm.cache_gib, or raise it where the cache is too small",
     ),
     (r"(larger than the available KV cache memory[^\n]*)", "the cache is too small ({0}); raise vllm.cache_gib"),
+    (
+        r"(max_model_len \(\d+\) is greater than[^(]*\([^)]*\))",
+        "data.max_prompt_tokens and rollout.max_new_tokens are more than the model has positions for ({0})",
+    ),
     (r"(unrecognized arguments: [^\n]*)", "vllm.arguments: {0}"),
 )
 """What in a log tells a mistake that the user can put right, and how to say it."""
@@ -36,6 +43,15 @@ _CAUSES = (
 
 class ServerFault(RuntimeError):
     """A server died, hangs, or answers what it must not; starting it again may help."""
+
+
+def fault_of(work: Callable[[], None]) -> str | None:
+    """What a ServerFault of `work` says."""
+    try:
+        work()
+    except ServerFault as fault:
+        return str(fault)
+    return None
 
 
 @dataclass(kw_only=True)
@@ -47,11 +63,13 @@ class Server:
     dtype: str
     max_model_tokens: int
     options: VllmConfig
-    folder: Path
-    """Where weights are exchanged; deleted when this process dies."""
+    folder: Path | None
+    """Where weights are exchanged, deleted when this process dies; None where it is not this server's to delete."""
     log_path: Path
     port: int = 0
     """0: a free one, kept when it is started again."""
+    host: str = LOCAL
+    """The address that it listens at."""
     sleeps: bool = False
     """Whether it is to give its memory back between rollouts."""
     devices: str | None = None
@@ -59,19 +77,28 @@ class Server:
     trust_remote_code: bool = False
     _port: int = field(init=False, default=0)
     _keeper: subprocess.Popen[bytes] | None = field(init=False, default=None)
+    _log_start: int = field(init=False, default=0)
+    """Bytes that were in the log before the last start."""
 
     @property
     def url(self) -> str:
+        """For this host."""
         return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was started and is there no more."""
+        return self._keeper is not None and self._keeper.poll() is not None
 
     def start(self) -> None:
         """Start the process; `wait_until_ready` waits for it. UserError for a port that is taken."""
-        self._port = self._port or self.port or _free_port()
-        _check_port(self._port)
+        self._port = self._port or self.port or _free_port(self.host)
+        _check_port(self.host, self._port)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
+            self._log_start = log.tell()
             self._keeper = subprocess.Popen(
-                [sys.executable, str(KEEPER), str(self.folder), *self.command()],
+                [sys.executable, str(KEEPER), str(self.folder or ""), *self.command()],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -85,7 +112,7 @@ class Server:
         deadline = time.monotonic() + self.options.start_timeout_s
         while not is_healthy(self.url):
             if self._keeper.poll() is not None:
-                raise UserError(f"the vLLM server did not start: {_cause(self.log_path)}")
+                raise UserError(f"the vLLM server did not start: {self.cause()}")
             if time.monotonic() > deadline:
                 self.stop()
                 raise UserError(
@@ -113,19 +140,31 @@ class Server:
         self._keeper.wait()
         self._keeper = None
 
+    def cause(self) -> str:
+        """Why it ended, from the last start in its log."""
+        log = self.log_path.read_bytes()[self._log_start :].decode("utf-8", errors="replace")
+        for pattern, message in _CAUSES:
+            if found := re.findall(pattern, log):
+                return f"{message.format(found[-1])}; see {self.log_path}"
+        lines = [line for line in log.splitlines() if not re.search(r"\b(INFO|WARNING)\b", line)]
+        errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b", line)]
+        return f"{errors[-1].strip() if errors else 'it ended without a word'}; see {self.log_path}"
+
     def command(self) -> list[str]:
         options = self.options
-        command = [interpreter(options), str(SERVE), "--model", self.model, "--host", "127.0.0.1"]
+        command = [interpreter(options), str(SERVE), "--model", self.model, "--host", self.host]
         command += ["--port", str(self._port), "--dtype", self.dtype, "--max-model-len", str(self.max_model_tokens)]
         command += ["--tensor-parallel-size", str(options.tensor_parallel)]
         command += ["--gpu-memory-utilization", str(options.memory_share)]
         if options.cache_gib is not None:
             command += ["--kv-cache-memory-bytes", str(int(options.cache_gib * 2**30))]
-        command += ["--weight-transfer-config", '{"backend": "padd_files"}']
+        command += ["--weight-transfer-config", json.dumps({"backend": f"padd_{options.transport}"})]
         command += ["--worker-extension-cls", "padd_ds.rollout.vllm.worker.WorkerExtension"]
         # Log-probabilities of what was drawn, by the distribution that it was drawn from; settings by the caller alone.
         command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
         command += ["--enable-scale-out", "--disable-log-stats", "--disable-uvicorn-access-log"]
+        if self.host != LOCAL:
+            command += ["--middleware", "padd_ds.rollout.vllm.serve.Ending"]
         if self.sleeps:
             command.append("--enable-sleep-mode")
         if self.trust_remote_code:
@@ -189,27 +228,18 @@ def _dotted(version: Sequence[int]) -> str:
     return ".".join(map(str, version))
 
 
-def _cause(log_path: Path) -> str:
-    log = log_path.read_text(encoding="utf-8", errors="replace")
-    for pattern, message in _CAUSES:
-        if found := re.findall(pattern, log):
-            return f"{message.format(found[-1])}; see {log_path}"
-    errors = [line for line in log.splitlines() if re.search(r"\b\w*(Error|Exception)\b", line)]
-    return f"{errors[-1].strip() if errors else 'it ended without a word'}; see {log_path}"
-
-
-def _check_port(port: int) -> None:
+def _check_port(host: str, port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
             raise UserError(
                 f"vllm.port {port} is taken ({error.strerror}); choose another, or 0 for a free one"
             ) from None
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])

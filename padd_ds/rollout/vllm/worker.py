@@ -1,21 +1,21 @@
-"""What vLLM's workers run to take over weights that a trainer wrote into mapped files.
+"""What vLLM's workers run to take over a trainer's weights, from mapped files or over the network.
 
-Named on the server's command line as --worker-extension-cls, so that every worker imports it and finds the engine
-under BACKEND. Written against vLLM 0.32.
+Named on the server's command line as --worker-extension-cls, so that every worker imports it and finds the engines
+under padd_ and the name of vllm.transport. Written against vLLM 0.32.
 """
 
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from padd_ds.rollout.vllm.exchange import read_part
-
-BACKEND = "padd_files"
+from padd_ds.rollout.vllm.network import go_to_meeting, join, receive
 
 
 @dataclass
@@ -62,7 +62,49 @@ class MappedFiles(WeightTransferEngine[Nothing, Parts]):
         """Nothing to do."""
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, MappedFiles)
+@dataclass
+class Meeting(WeightTransferInitInfo):
+    """Where the sender's store is, and which ranks of the group this server's workers are."""
+
+    address: str
+    port: int
+    first_rank: int
+    world: int
+    timeout_s: float
+    """For the sender's next layer."""
+
+
+@dataclass
+class Layer(WeightTransferUpdateInfo):
+    """What comes next, as `exchange.laid_out` tells."""
+
+    part: dict[str, Any]
+
+
+class Broadcasts(MappedFiles):
+    """As MappedFiles, of rows of bytes that the trainer's rank 0 sends."""
+
+    init_info_cls = Meeting
+    update_info_cls = Layer
+
+    def init_transfer_engine(self, init_info: Meeting) -> None:
+        own = self.parallel_config
+        rank = init_info.first_rank + own.data_parallel_index * own.world_size + own.rank
+        store = go_to_meeting(init_info.address, init_info.port, init_info.timeout_s)
+        self._group = join(store, rank, init_info.world, self.device, init_info.timeout_s)
+
+    def receive_weights(self, update_info: Layer) -> None:
+        self.model.load_weights(receive(self._group, update_info.part, self.device))
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self._group = None
+
+
+WeightTransferEngineFactory.register_engine("padd_files", MappedFiles)
+WeightTransferEngineFactory.register_engine("padd_network", Broadcasts)
 
 
 class WorkerExtension:
