@@ -158,8 +158,9 @@ def test_a_stale_version_is_refused(server: Server, tmp_path: Path) -> None:
 
 def test_an_update_that_fails_half_way_is_never_used(server: Server) -> None:
     client = Client(server.url, 60)
+    client.begin_update()
     with pytest.raises(ServerFault):
-        client.load([{"path": "/nowhere", "bytes": 4, "tensors": [["lm_head.weight", "float32", [1], 0]]}], "7")
+        client.update({"parts": [{"path": "/nowhere", "bytes": 4, "tensors": [["lm_head.weight", "float32", [1], 0]]}]})
     request = Request(token_ids=[5], n=1, seed=0, max_new_tokens=4, temperature=1.0, top_p=1.0, end_token_ids=(2,))
     with pytest.raises(ServerFault):
         client.generate(request, "7")
