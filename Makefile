@@ -41,7 +41,7 @@ TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
 .PHONY: help setup setup-vllm check-system demo demo-tiny test lint test-fast test-slurm test-vllm test-gpu test-faults $(BENCHMARKS:%=eval-%) eval-all \
-    eval-routing eval-general check-scorer bench-convert bench-infer bench-joint bench-plan bench-train bench-parity bench-scaling \
+    eval-routing eval-general check-scorer bench-convert bench-infer bench-joint bench-plan bench-train bench-rollout bench-parity bench-scaling \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
@@ -150,6 +150,10 @@ bench-plan: $(READY)  ## what padd-plan says beside ten small runs of two CPU ra
 
 bench-train: $(READY)  ## a training step's tokens per second beside transformers' own class of the student, on a GPU where there is one
 	$(BIN)/python tools/bench_train.py
+
+bench-rollout: $(VLLM_READY)  ## STUDENT=dir: responses by each rollout engine beside plain transformers and vLLM, and the update of a server
+	@test -d "$(STUDENT)" || { echo "error: $(STUDENT) is missing; set STUDENT" >&2; exit 2; }
+	$(BIN)/python tools/bench_rollout.py --student "$(STUDENT)" --vllm $(CURDIR)/$(VLLM_VENV)/bin/python $(EVAL_ARGS)
 
 bench-parity: $(READY)  ## losses and gradients of every layout of a small run, beside one process
 	$(BIN)/python tools/bench_parity.py --folder bench/parity

@@ -109,6 +109,8 @@ class Client:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "stop_token_ids": list(request.end_token_ids),
+            # The checkpoint's own end token does not count, where it is not among those.
+            "ignore_eos": True,
             "stop": list(request.stop),
             "logprobs": 0,
             "detokenize": bool(request.stop),
