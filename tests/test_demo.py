@@ -7,6 +7,31 @@ from pathlib import Path
 
 import pytest
 
+from padd_ds.conversion.calibration import PADDING, TextFile, token_rows
+from tools import tiny_teacher
+from tools.demo import DEMOS
+from tools.tiny_model import make_tokenizer
+from tools.tiny_problems import distinct_problems, write_problems
+
+
+@pytest.mark.parametrize("size", ["tiny", "smallest"])
+def test_a_demo_calibrates_on_no_more_than_its_data_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    """The larger sizes are too slow to be run by tests; their data is quick to make."""
+    words = DEMOS[size].make_teacher[0]
+    own = [word.format(out=tmp_path, seed=0) for word in words[words.index("tools/tiny_teacher.py") :]]
+    monkeypatch.setattr(sys, "argv", own)
+    args = tiny_teacher._parse()
+    problems = distinct_problems(
+        "train", args.train_problems, args.seed, args.bare_share, tiny_teacher._options(args).levels
+    )
+    write_problems(tmp_path / "train.jsonl", problems)
+    convert = DEMOS[size].convert
+    n_tokens = int(convert[convert.index("--calibration-tokens") + 1])
+    file = TextFile(path=tmp_path / "train.jsonl", field="question,solution", part="A")
+    assert token_rows(file, "--calibration-tokens", make_tokenizer(), n_tokens).ne(PADDING).sum() == n_tokens
+
 
 @pytest.mark.slow
 @pytest.mark.ranks

@@ -102,7 +102,7 @@ def main() -> None:
                 engines["vllm"] = rollout_engine(config, student, tokenizer, servers)
             # Of random prompts hardly a response ends by this one.
             engines = {name: replace(engine, end_token_ids=(vocabulary - 1,)) for name, engine in engines.items()}
-            measure(arguments, engines, plain, prompts_PT, dtype, servers is not None)
+            measure(arguments, engines, plain, prompts_PT, dtype, Path(scratch))
     stop_ranks()
 
 
@@ -129,16 +129,16 @@ def measure(
     plain: Any,
     prompts_PT: torch.Tensor,
     dtype: torch.dtype,
-    with_vllm: bool,
+    folder: Path,
 ) -> None:
-    """Turns of all ways, then the table."""
+    """Turns of all ways, then the table; `folder`: for what raw vLLM runs."""
     mask_PT, seeds = torch.ones_like(prompts_PT), list(range(0, 1000 * len(prompts_PT), 1000))
     sampling = Sampling(max_new_tokens=arguments.new_tokens)
     ways: dict[str, Any] = {"transformers' generate": lambda: generate_plainly(plain, prompts_PT, arguments)}
     ways["engine hf"] = lambda: engines["hf"].generate(prompts_PT, mask_PT, arguments.group_size, sampling, seeds)
     raw = None
-    if with_vllm:
-        raw = start_raw(arguments, prompts_PT, dtype)
+    if "vllm" in engines:
+        raw = start_raw(arguments, prompts_PT, dtype, folder)
         ways["vllm.LLM"] = lambda: turn_of(raw)
         ways["engine vllm"] = lambda: engines["vllm"].generate(
             prompts_PT, mask_PT, arguments.group_size, sampling, seeds
@@ -181,7 +181,9 @@ def generate_plainly(model: Any, prompts_PT: torch.Tensor, arguments: argparse.N
         )
 
 
-def start_raw(arguments: argparse.Namespace, prompts_PT: torch.Tensor, dtype: torch.dtype) -> "subprocess.Popen[str]":
+def start_raw(
+    arguments: argparse.Namespace, prompts_PT: torch.Tensor, dtype: torch.dtype, folder: Path
+) -> "subprocess.Popen[str]":
     """A process with `vllm.LLM` on the same prompts, which generates once for every line that it is given."""
     on_gpu = prompts_PT.device.type == "cuda"
     options: dict[str, Any] = {"logprobs_mode": "processed_logprobs", "generation_config": "vllm"}
@@ -195,9 +197,9 @@ def start_raw(arguments: argparse.Namespace, prompts_PT: torch.Tensor, dtype: to
         "n": arguments.group_size,
         "new": arguments.new_tokens,
     }
-    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
-        file.write(RAW)
-    command = [arguments.vllm, file.name, json.dumps(told)]
+    script = folder / "raw.py"
+    script.write_text(RAW, encoding="utf-8")
+    command = [arguments.vllm, str(script), json.dumps(told)]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -125,7 +125,7 @@ DEMOS = {
         make_teacher=[
             [*TINY_TEACHER, "--steps", "1800"],
         ],
-        convert=["--experts", "16", "--shared-experts", "2", "--top-k", "6", *TINY_CALIBRATION, "5888"],
+        convert=["--experts", "16", "--shared-experts", "2", "--top-k", "6", *TINY_CALIBRATION, "5120"],
         evaluate=TINY_EVALUATION,
         warmup="ds_configs/runs/demo_tiny_warmup.yaml",
         joint="ds_configs/runs/demo_tiny_joint.yaml",

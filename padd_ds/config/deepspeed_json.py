@@ -108,6 +108,22 @@ def check_parallelism(
     return size
 
 
+def check_grouped_products(path: Path, tree: Mapping[str, Any], widths: Mapping[str, int]) -> None:
+    """UserError where use_grouped_mm, DeepSpeed's default, meets widths that torch's grouped product refuses.
+
+    Rows must be whole multiples of 16 bytes. `widths`: elements, by the name in the model's config.
+    """
+    if not tree["expert_parallel"].get("use_grouped_mm", True):
+        return
+    multiple = 16 // {"bfloat16": 2, "float32": 4}[precision(tree)]
+    for name, width in widths.items():
+        if width % multiple:
+            raise UserError(
+                f"{path}: expert_parallel.use_grouped_mm takes widths that are multiples of {multiple}, but the "
+                f"student's {name} is {width}; set use_grouped_mm to false"
+            )
+
+
 def _check_offload(path: Path, zero: Mapping[str, Any], stage: int) -> None:
     """UserError where weights or optimizer are to go where DeepSpeed or this trainer does not take them."""
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):

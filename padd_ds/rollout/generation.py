@@ -98,29 +98,12 @@ class HuggingFaceRollout:
         sampling: Sampling,
         seeds: Sequence[int],
     ) -> Responses:
-        with self.trace() if self.trace is not None else nullcontext() as passes:
-            responses = self._generate(prompt_ids_PT, prompt_mask_PT, group_size, sampling, seeds)
-        if passes is None:
-            return responses
-        routes_BLNK = assemble_routes(passes, responses.ids_BR.shape, group_size, prefilled=sampling.share_prefill)
-        return replace(responses, routes_BLNK=routes_BLNK)
-
-    def _generate(
-        self,
-        prompt_ids_PT: torch.Tensor,
-        prompt_mask_PT: torch.Tensor,
-        group_size: int,
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> Responses:
-        cache = None
+        """See RolloutEngine."""
         if sampling.share_prefill:
             # Room for a cache of all tokens but the last, on every rank, whatever its own prompts are; `generate` runs
             # the last.
             prompt_ids_PT = torch.nn.functional.pad(prompt_ids_PT, (1, 0), value=self.pad_token_id)
             prompt_mask_PT = torch.nn.functional.pad(prompt_mask_PT, (1, 0), value=0)
-            cache = prompt_cache(self.model, prompt_ids_PT, prompt_mask_PT)
-            cache.batch_repeat_interleave(group_size)
         ids_BT = prompt_ids_PT.repeat_interleave(group_size, dim=0)
         mask_BT = prompt_mask_PT.repeat_interleave(group_size, dim=0)
         recorder = SampledLogprobs(sampling.temperature or 1.0) if self.keep_logprobs else None
@@ -128,7 +111,11 @@ class HuggingFaceRollout:
         if sampling.temperature > 0:
             row_seeds = [seed + place for seed in seeds for place in range(group_size)]
             processors.append(DrawByRow(row_seeds, sampling.max_new_tokens, sampling.temperature, sampling.top_p))
-        with callers_settings_alone(self.model):
+        with self.trace() if self.trace is not None else nullcontext() as passes, callers_settings_alone(self.model):
+            cache = None
+            if sampling.share_prefill:
+                cache = prompt_cache(self.model, prompt_ids_PT, prompt_mask_PT)
+                cache.batch_repeat_interleave(group_size)
             sequences_BL = self.model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
@@ -141,7 +128,12 @@ class HuggingFaceRollout:
                 logits_processor=LogitsProcessorList(processors),
             )
         responses = split_responses(sequences_BL[:, ids_BT.shape[1] :], self.end_token_ids)
-        return responses if recorder is None else replace(responses, logprobs_BR=recorder.logprobs(sequences_BL))
+        if recorder is not None:
+            responses = replace(responses, logprobs_BR=recorder.logprobs(sequences_BL))
+        if passes is None:
+            return responses
+        routes_BLNK = assemble_routes(passes, responses.ids_BR.shape, group_size, prefilled=sampling.share_prefill)
+        return replace(responses, routes_BLNK=routes_BLNK)
 
 
 class SampledLogprobs(LogitsProcessor):

@@ -11,7 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from padd_ds.config.deepspeed_json import check_batches, check_parallelism, load_deepspeed_json, precision
+from padd_ds.config.deepspeed_json import (
+    check_batches,
+    check_grouped_products,
+    check_parallelism,
+    load_deepspeed_json,
+    precision,
+)
 from padd_ds.config.schema import RunConfig
 from padd_ds.conversion.targets import ConversionTargets, load_targets
 from padd_ds.data.answers import AnswerFormat
@@ -79,6 +85,9 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     else:
         expert_parallel_keys(student)
         check_parallelism(json_path, tree, world_size, student.n_routed_experts, config.model.expert_compute)
+        if config.model.expert_compute == "dispatched":
+            widths = {name: getattr(student, name) for name in ("hidden_size", "moe_intermediate_size")}
+            check_grouped_products(json_path, tree, widths)
     check_batches(config, world_size)
     dtype = getattr(torch, precision(tree))
     if config.has_rollouts and config.policy.kl_weight > 0 and config.model.reference is not None:

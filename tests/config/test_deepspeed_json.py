@@ -2,17 +2,20 @@
 
 import inspect
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pytest
+import torch
 from deepspeed.module_inject import auto_ep_config
 
 from padd_ds.config.deepspeed_json import (
     EXPERT_PARALLEL_KEYS,
     TOP_LEVEL_KEYS,
     check_batches,
+    check_grouped_products,
     check_parallelism,
     load_deepspeed_json,
 )
@@ -52,6 +55,32 @@ def test_a_mistake_is_named(tmp_path: Path, change: dict[str, Any], message: str
     with pytest.raises(UserError) as raised:
         load_deepspeed_json(path)
     assert message in str(raised.value) and str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "widths", "fits"),
+    [
+        ({}, (16, 4), True),
+        ({}, (16, 6), False),
+        ({}, (18, 8), False),
+        ({"bf16": {"enabled": True}}, (16, 4), False),
+        ({"bf16": {"enabled": True}}, (16, 8), True),
+    ],
+)
+def test_grouped_products_take_the_widths_that_torch_takes(
+    change: dict[str, Any], widths: tuple[int, int], fits: bool
+) -> None:
+    tree = deepspeed_tree(1) | {"expert_parallel": {"enabled": True}} | change
+    dtype = torch.bfloat16 if "bf16" in change else torch.float32
+    x_ND = torch.randn(4, widths[0], dtype=dtype, requires_grad=True)
+    w_EFD = torch.randn(2, widths[1], widths[0], dtype=dtype, requires_grad=True)
+    named = {"hidden_size": widths[0], "moe_intermediate_size": widths[1]}
+    with nullcontext() if fits else pytest.raises(RuntimeError, match="16 bytes"):
+        y_NF = torch._grouped_mm(x_ND, w_EFD.mT, offs=torch.tensor([2, 4], dtype=torch.int32))
+        y_NF.square().sum().backward()
+    with nullcontext() if fits else pytest.raises(UserError, match="set use_grouped_mm to false"):
+        check_grouped_products(Path("ds.json"), tree, named)
+    check_grouped_products(Path("ds.json"), {"expert_parallel": {"use_grouped_mm": False}}, named)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "not readable as JSON"), ("[]", "must hold a mapping")])

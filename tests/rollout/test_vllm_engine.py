@@ -1,5 +1,7 @@
 """The engine's part: weights before every rollout, failures agreed on, nothing lost or asked twice."""
 
+import errno
+import os
 from collections.abc import Iterator
 from itertools import chain, repeat
 from pathlib import Path
@@ -144,3 +146,14 @@ def test_ranks_that_share_a_server_agree_when_one_of_them_fails(fake: FakeVllm, 
     world.engine._until_no_server_fails(lambda: None)
     assert fake.restarts == 1
     assert world.rollout(1).ids_BR[:, 0].tolist() == [11] * 6
+
+
+def test_weights_that_find_no_room_are_told_with_their_folder(
+    fake: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "weights"))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"No space left on device.*set vllm\.exchange"):
+        World(fake, tmp_path).rollout(0)

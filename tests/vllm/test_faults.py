@@ -111,8 +111,10 @@ def test_a_server_that_is_struck_again_and_again_costs_no_prompt(inputs: Path) -
     told = metrics(inputs, name)
     assert [one["step"] for one in told] == list(range(len(told)))
     assert max(one["rollout_ratio_max"] for one in told) < 1.001
-    # As many responses in every step, each of them with tokens: none lost, none twice.
-    assert all(one["response_tokens"] >= 1 for one in told)
+    # All tokens drawn, over those of a response: as many responses in every step.
+    for one in told:
+        drawn = one["tokens_per_second_rollout"] * one["seconds_rollout"]
+        assert drawn / one["response_tokens"] == pytest.approx(16, rel=1e-3)
     assert not servers_of(inputs, name) and not list(Path("/dev/shm").glob("padd-*"))
 
 

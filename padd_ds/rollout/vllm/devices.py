@@ -7,10 +7,15 @@ import torch
 from padd_ds.errors import UserError
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+
+
 def gpus_of_server(rank: int, first: int, count: int) -> str:
     """CUDA_VISIBLE_DEVICES for `count` GPUs from number `first` of those visible on; UserError: there are too few."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    names = visible_gpus()
     if first + count > len(names):
         raise UserError(
             f"vllm.tensor_parallel {count}: rank {rank} sees the GPUs {','.join(names)} and its server's first is "

@@ -19,7 +19,7 @@ class WeightBoard:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._rank = folder, rank
+        self.folder, self._rank = folder, rank
         self._parts: dict[str, dict[str, Any]] = {}
         self._mapped: dict[str, torch.Tensor] = {}
 
@@ -44,7 +44,7 @@ class WeightBoard:
 
     def _lay_out(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
         part = laid_out(tensors)
-        path = _path(self._folder, self._rank, label)
+        path = _path(self.folder, self._rank, label)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
             os.posix_fallocate(file.fileno(), 0, part["bytes"])
@@ -60,7 +60,7 @@ class WeightFiles:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._rank = folder, rank
+        self.folder, self._rank = folder, rank
         self._parts: dict[str, dict[str, Any]] = {}
         self._written: dict[str, int] = {}
 
@@ -80,7 +80,7 @@ class WeightFiles:
         self._written[label] = before + 1
         if not tensors:
             return
-        part, path = laid_out(tensors), _path(self._folder, self._rank, label)
+        part, path = laid_out(tensors), _path(self.folder, self._rank, label)
         self._parts[label] = part | {"path": str(path)}
         Path(f"{path}.{before}").unlink(missing_ok=True)
         with Path(f"{path}.{before + 1}").open("xb") as file:

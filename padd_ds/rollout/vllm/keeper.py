@@ -3,9 +3,8 @@
     keeper.py FOLDER COMMAND...
 
 The command gets a process group of its own. A byte on standard input, or its end, which also comes when the starter
-dies of whatever, and the whole group is asked to end, and killed if it does not. Where the starter died,
-FOLDER is deleted too, unless it is empty text.
-Ends with the command's exit code where that ends by itself.
+dies of whatever, and the whole group is asked to end, and killed if it does not. Where the starter died, FOLDER is
+deleted too, unless it is empty text. Ends with the command's exit code where that ends by itself.
 """
 
 import os

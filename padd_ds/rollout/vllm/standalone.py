@@ -1,6 +1,5 @@
 """The rollout servers of a node of their own: started, watched, started again, ended."""
 
-import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import torch
 from padd_ds.config.schema import RunConfig
 from padd_ds.errors import UserError
 from padd_ds.files import write_text_whole
+from padd_ds.rollout.vllm.devices import visible_gpus
 from padd_ds.rollout.vllm.server import ANYWHERE, Server, is_healthy
 
 _POLL_S = 0.5
@@ -73,10 +73,9 @@ def serve(servers: Sequence[Server], host: str, urls_file: Path, say: Callable[[
 
 def _shares(tensor_parallel: int) -> list[str | None]:
     """What CUDA_VISIBLE_DEVICES says to each server."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
     if not torch.cuda.is_available():
         return [None]
+    names = visible_gpus()
     if len(names) % tensor_parallel:
         raise UserError(
             f"vllm.tensor_parallel {tensor_parallel} does not divide the {len(names)} GPUs of {socket.gethostname()}"

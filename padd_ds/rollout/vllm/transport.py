@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from padd_ds.errors import UserError
 from padd_ds.rollout.vllm.client import Client
 from padd_ds.rollout.vllm.exchange import WeightBoard, WeightFiles, laid_out
 from padd_ds.rollout.vllm.network import address_towards, join, open_meeting, send
@@ -57,10 +58,19 @@ class ByFiles:
 
     def publish(self) -> None:
         for label, tensors in self.weights():
-            self.peers.together(partial(self.board.write, label, tensors))
+            self.peers.together(partial(self._write, label, tensors))
         if not self._parts:
             written = self.peers.gather(self.board.parts)
             self._parts = [part for rank in self.peers.exchanging for part in written[rank]]
+
+    def _write(self, label: str, tensors: dict[str, torch.Tensor]) -> None:
+        try:
+            self.board.write(label, tensors)
+        except OSError as error:
+            raise UserError(
+                f"weights for the rollout servers cannot be written to {error.filename or self.board.folder} "
+                f"({error.strerror}); make room there for one copy of them, or set vllm.exchange to another folder"
+            ) from error
 
     def load(self, behind: Client | None, version: str) -> None:
         if behind is not None:
