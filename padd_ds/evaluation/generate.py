@@ -3,6 +3,7 @@
 Legend: B rows of a batch, T tokens.
 """
 
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from padd_ds.data.batches import prompt_batch
 from padd_ds.errors import UserError
+from padd_ds.evaluation.rolling import RollingBatch, can_roll
 from padd_ds.hf import end_token_ids
 from padd_ds.rollout.drawing import DrawByRow
 from padd_ds.rollout.settings import callers_settings_alone
@@ -79,18 +81,18 @@ def generate_batches(
     seeds: Sequence[int],
     show_progress: bool = True,
 ) -> Iterator[dict[int, Response]]:
-    """Batch by batch, the responses by the row of their prompts. `seeds`: of what is drawn, one for each prompt.
+    """As they are done, the responses by the row of their prompts. `seeds`: of what is drawn, one for each prompt.
 
-    Batches take prompts of like length, the longest first, so that memory runs out early or never.
+    Prompts come in the longest first, so that memory runs out early or never. Where the model's cache allows it the
+    next ones take the places of finished responses, else a whole batch follows the other.
     """
     lengths = _lengths(prompts, tokenizer)
     order = sorted(range(len(prompts)), key=lambda row: -lengths[row])
+    made = _rolling if can_roll(model) else _batch_after_batch
     with progress_bar(len(prompts), show_progress) as progress:
-        for start in range(0, len(order), options.batch_size):
-            rows = order[start : start + options.batch_size]
-            texts, row_seeds = [prompts[row] for row in rows], [seeds[row] for row in rows]
-            yield dict(zip(rows, _generate(model, tokenizer, texts, options, row_seeds), strict=True))
-            progress.update(len(rows))
+        for responses in made(model, tokenizer, prompts, order, options, seeds):
+            yield responses
+            progress.update(len(responses))
 
 
 def progress_bar(total: int, shown: bool) -> Any:
@@ -98,20 +100,61 @@ def progress_bar(total: int, shown: bool) -> Any:
     return tqdm(total=total, desc="responses", unit="response", dynamic_ncols=True, disable=not shown)
 
 
+def _rolling(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    order: Sequence[int],
+    options: GenerationOptions,
+    seeds: Sequence[int],
+) -> Iterator[dict[int, Response]]:
+    """Finished responses, a batch that is always full as long as prompts wait."""
+    config = _settings(model, tokenizer)
+    waiting = deque(order)
+
+    def draw(rows: Sequence[int], made: Sequence[int]) -> DrawByRow:
+        row_seeds = [seeds[row] for row in rows]
+        return DrawByRow(row_seeds, options.max_new_tokens, options.temperature, options.top_p, made)
+
+    batch = RollingBatch(model, config, options.max_new_tokens, draw if options.temperature > 0 else None)
+    while waiting or len(batch):
+        # Some places at once: prompts are read faster together.
+        free = min(options.batch_size - len(batch), len(waiting))
+        if free and (free == len(waiting) or free >= options.batch_size // 8):
+            rows = [waiting.popleft() for _ in range(free)]
+            given = prompt_batch([prompts[row] for row in rows], tokenizer, max_prompt_length=2**31)
+            batch.admit(rows, given["input_ids_BT"].to(model.device), given["attention_mask_BT"].to(model.device))
+        done = {}
+        for row, ids in batch.grow().items():
+            response = read_response(ids, config.eos_token_id, tokenizer, options)
+            if response.ended or len(ids) == options.max_new_tokens:
+                done[row] = response
+        if done:
+            batch.drop(set(done))
+            yield done
+
+
+def _batch_after_batch(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    order: Sequence[int],
+    options: GenerationOptions,
+    seeds: Sequence[int],
+) -> Iterator[dict[int, Response]]:
+    for start in range(0, len(order), options.batch_size):
+        rows = order[start : start + options.batch_size]
+        texts, row_seeds = [prompts[row] for row in rows], [seeds[row] for row in rows]
+        yield dict(zip(rows, _whole_batch(model, tokenizer, texts, options, row_seeds), strict=True))
+
+
 @torch.inference_mode()
-def _generate(
+def _whole_batch(
     model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int]
 ) -> list[Response]:
     batch = prompt_batch(prompts, tokenizer, max_prompt_length=2**31)
-    end_ids = end_token_ids(model, tokenizer)
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=options.max_new_tokens,
-        eos_token_id=end_ids,
-        pad_token_id=tokenizer.pad_token_id,
-        stop_strings=list(options.stop) or None,
-    )
+    config = _settings(model, tokenizer)
+    config.max_new_tokens, config.stop_strings = options.max_new_tokens, list(options.stop) or None
     draws = []
     if options.temperature > 0:
         draws.append(DrawByRow(seeds, options.max_new_tokens, options.temperature, options.top_p))
@@ -124,7 +167,16 @@ def _generate(
             logits_processor=LogitsProcessorList(draws),
         )
     width = batch["input_ids_BT"].shape[1]
-    return [read_response(ids, end_ids, tokenizer, options) for ids in ids_BT[:, width:].tolist()]
+    return [read_response(ids, config.eos_token_id, tokenizer, options) for ids in ids_BT[:, width:].tolist()]
+
+
+def _settings(model: Any, tokenizer: Any) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=end_token_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def read_response(ids: list[int], end_ids: Collection[int], tokenizer: Any, options: GenerationOptions) -> Response:

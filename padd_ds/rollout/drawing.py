@@ -12,14 +12,24 @@ from transformers import LogitsProcessor
 class DrawByRow(LogitsProcessor):
     """Makes a drawn token the likeliest one, by each row's own numbers, whatever other rows stand in its batch.
 
-    For `generate` without sampling, as its last processor. One seed for each row; temperature above 0.
+    For `generate` without sampling, as its last processor. One seed for each row; temperature above 0. `made`: the
+    tokens that each row has drawn before, 0 where they are left out; the longest goes on to `max_new_tokens` at most.
     """
 
-    def __init__(self, seeds: Sequence[int], max_new_tokens: int, temperature: float, top_p: float = 1.0) -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        made: Sequence[int] | None = None,
+    ) -> None:
         self._temperature, self._top_p = temperature, top_p
+        made = made or [0] * len(seeds)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         rows = [torch.rand(max_new_tokens, generator=each, dtype=torch.float64) for each in generators]
-        self._steps = iter(torch.stack(rows, dim=1))
+        n_steps = max_new_tokens - max(made, default=0)
+        self._steps = iter(torch.stack([row[skip : skip + n_steps] for row, skip in zip(rows, made, strict=True)], 1))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         probabilities_BV = (scores.float() / self._temperature).softmax(dim=-1).double()

@@ -1,8 +1,13 @@
+import functools
+from collections import Counter
+
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from padd_ds.errors import UserError
-from padd_ds.evaluation.generate import GenerationOptions, generate_responses
+from padd_ds.evaluation.generate import GenerationOptions, generate_responses, read_response
+from padd_ds.evaluation.rolling import can_roll
 from tests.data.characters import VOCABULARY, character_tokenizer
 from tests.tiny import tiny_student
 
@@ -38,45 +43,81 @@ def test_batches_give_what_a_direct_loop_gives_in_the_order_of_the_prompts(model
         assert (response.tokens, response.ended) == (len(ids), ended)
 
 
-class Scripted(torch.nn.Module):
-    """Stands in for a model whose every response is `script`, padded as `generate` pads."""
+def test_waiting_prompts_take_the_places_of_finished_responses(model, monkeypatch):
+    tokenizer = character_tokenizer()
+    prompts = [f"{number} + {text}" for number in range(4) for text in PROMPTS]
+    long = {prompt: one_at_a_time(model, tokenizer, prompt, 40) for prompt in prompts}
+    # Ends a third of the responses early.
+    common = Counter(token for ids in long.values() for token in ids)
+    ends = next(
+        [tokenizer.eos_token_id, token] for token in common if 6 < sum(token in ids for ids in long.values()) < 18
+    )
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(model, "forward", seen(model.forward, shapes))
+    responses = generate_responses(model, tokenizer, prompts, options(max_new_tokens=40, batch_size=6))
+    for prompt, response in zip(prompts, responses, strict=True):
+        end = next((place for place, token in enumerate(long[prompt]) if token in ends), None)
+        assert response.text == tokenizer.decode(long[prompt][:end], skip_special_tokens=True)
+        assert (response.tokens, response.ended) == (40 if end is None else end + 1, end is not None)
+    rows = [shape[0] for shape in shapes]
+    assert max(rows) == 6
+    # Four batches, each as long as its longest response, would take 160 passes.
+    assert len(rows) < 140
 
-    def __init__(self, script: list[list[int]], eos: int | list[int] = 1) -> None:
-        super().__init__()
-        self.script, self.device = script, torch.device("cpu")
-        self.config = type("Config", (), {"max_position_embeddings": 64})
-        self.generation_config = type("Generation", (), {"eos_token_id": eos})
 
-    def generate(self, input_ids, **_):
-        return torch.cat([input_ids, torch.tensor(self.script)], dim=1)
+def seen(forward, shapes):
+    """`forward`, noting the shapes of what goes in."""
+
+    @functools.wraps(forward)
+    def noting(*arguments, **more):
+        shapes.append(tuple(more["input_ids"].shape))
+        return forward(*arguments, **more)
+
+    return noting
 
 
-def scripted(text: str, tokenizer, width: int) -> list[int]:
+def test_models_with_windows_take_whole_batches():
+    tokenizer = character_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = MistralConfig(**sizes, num_key_value_heads=1, vocab_size=len(VOCABULARY), sliding_window=4, eos_token_id=1)
+    windowed = MistralForCausalLM(config).eval()
+    assert not can_roll(windowed)
+    responses = generate_responses(windowed, tokenizer, PROMPTS, options())
+    for prompt, response in zip(PROMPTS, responses, strict=True):
+        ids = one_at_a_time(windowed, tokenizer, prompt, 12)
+        assert response.text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def read(text: str, **changes):
+    tokenizer = character_tokenizer()
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    return ids + [tokenizer.pad_token_id] * (width - len(ids))
+    return read_response(ids, [tokenizer.eos_token_id], tokenizer, options(**changes))
 
 
 def test_end_token_is_counted_and_what_follows_is_not():
-    tokenizer = character_tokenizer()
-    model = Scripted([scripted(text, tokenizer, 6) for text in ("12<eos>", "123456", "<eos>")])
-    responses = generate_responses(model, tokenizer, ["a", "b", "c"], options(max_new_tokens=6))
-    assert [response.text for response in responses] == ["12", "123456", ""]
-    assert [(response.tokens, response.ended) for response in responses] == [(3, True), (6, False), (1, True)]
-
-
-def test_every_end_token_of_the_checkpoint_ends_a_response():
-    tokenizer = character_tokenizer()
-    other = tokenizer("~", add_special_tokens=False).input_ids[0]
-    model = Scripted([scripted("12~", tokenizer, 4)], eos=[1, other])
-    assert generate_responses(model, tokenizer, ["a"], options())[0].text == "12"
+    assert [(r.text, r.tokens, r.ended) for r in map(read, ("12<eos><pad><pad>", "123456", "<eos>"))] == [
+        ("12", 3, True),
+        ("123456", 6, False),
+        ("", 1, True),
+    ]
 
 
 def test_stop_text_is_cut_off_and_ends_the_response():
-    tokenizer = character_tokenizer()
-    model = Scripted([scripted("12\nQ:", tokenizer, 6), scripted("123456", tokenizer, 6)])
-    first, second = generate_responses(model, tokenizer, ["a", "b"], options(stop=("\n",)))
+    first, second = read("12\nQ:", stop=("\n",)), read("123456", stop=("\n",))
     assert (first.text, first.tokens, first.ended) == ("12", 3, True)
     assert (second.text, second.ended) == ("123456", False)
+
+
+def test_every_end_token_of_the_checkpoint_ends_a_response(model, monkeypatch):
+    tokenizer = character_tokenizer()
+    whole = one_at_a_time(model, tokenizer, "3 + 4", 12)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [1, whole[3]])
+    first = whole.index(whole[3])
+    response = generate_responses(model, tokenizer, ["3 + 4"], options())[0]
+    assert (response.tokens, response.ended) == (first + 1, True)
+    assert response.text == tokenizer.decode(whole[:first], skip_special_tokens=True)
 
 
 def test_stop_text_really_stops_generation(model):
