@@ -20,6 +20,9 @@ RESULTS ?= results
 EVAL_ARGS ?=
 # Tasks of lm-eval, separated by commas.
 TASKS ?=
+# GSM8K's test and training sets, for padd-eval beside lm-eval.
+TEST ?=
+SHOTS ?=
 LAUNCH ?= $(BIN)/padd-eval
 BENCHMARKS := gsm8k math500 aime24 amc23 minerva olympiadbench
 
@@ -41,7 +44,7 @@ TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
 .PHONY: help setup setup-vllm check-system demo demo-tiny test lint test-fast test-slurm test-vllm test-gpu test-faults $(BENCHMARKS:%=eval-%) eval-all \
-    eval-routing eval-general check-scorer bench-convert bench-infer bench-joint bench-plan bench-train bench-rollout bench-parity bench-scaling \
+    eval-routing eval-general check-scorer bench-convert bench-eval bench-infer bench-joint bench-plan bench-train bench-rollout bench-parity bench-scaling \
     repro repro-quick repro-smollm2 clean
 
 help:  ## list the targets
@@ -160,6 +163,10 @@ bench-parity: $(READY)  ## losses and gradients of every layout of a small run, 
 
 bench-scaling: $(READY)  ## tokens per second and bytes per token of 1 to 4 CPU ranks with the same work each
 	$(BIN)/python tools/bench_scaling.py --folder bench/scaling
+
+bench-eval: $(READY)  ## MODEL=dir TEST=file SHOTS=file: GSM8K by padd-eval beside lm-eval, scores and speed (the extra [general])
+	@test -d "$(MODEL)" || { echo "error: MODEL must be a model's folder; TEST and SHOTS are GSM8K's test and training sets" >&2; exit 2; }
+	$(BIN)/python tools/bench_eval.py --model "$(MODEL)" --test "$(TEST)" --shots "$(SHOTS)" $(EVAL_ARGS)
 
 bench-infer: $(READY)  ## STUDENT=dir TEACHER=dir: prefill and decoding of the student beside its teacher, by batch size
 	@test -d "$(STUDENT)" -a -d "$(TEACHER)" || { echo "error: $(STUDENT) or $(TEACHER) is missing; set STUDENT and" \
