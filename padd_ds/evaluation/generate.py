@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from padd_ds.data.batches import prompt_batch
 from padd_ds.errors import UserError
-from padd_ds.evaluation.rolling import RollingBatch, can_roll
+from padd_ds.evaluation.rolling import SEGMENT, RollingBatch, can_roll
 from padd_ds.hf import end_token_ids
 from padd_ds.rollout.drawing import DrawByRow
 from padd_ds.rollout.settings import callers_settings_alone
@@ -109,7 +109,7 @@ def _rolling(
     seeds: Sequence[int],
 ) -> Iterator[dict[int, Response]]:
     """Finished responses, a batch that is always full as long as prompts wait."""
-    config = _settings(model, tokenizer)
+    config, longest = _settings(model, tokenizer), options.max_new_tokens
     waiting = deque(order)
 
     def draw(rows: Sequence[int], made: Sequence[int]) -> DrawByRow:
@@ -124,14 +124,26 @@ def _rolling(
             rows = [waiting.popleft() for _ in range(free)]
             given = prompt_batch([prompts[row] for row in rows], tokenizer, max_prompt_length=2**31)
             batch.admit(rows, given["input_ids_BT"].to(model.device), given["attention_mask_BT"].to(model.device))
-        done = {}
-        for row, ids in batch.grow().items():
-            response = read_response(ids, config.eos_token_id, tokenizer, options)
-            if response.ended or len(ids) == options.max_new_tokens:
-                done[row] = response
+        read = {
+            row: read_response(ids, config.eos_token_id, tokenizer, options)
+            for row, ids in batch.grow().items()
+            if _may_be_done(ids, config.eos_token_id, tokenizer, options)
+        }
+        done = {row: response for row, response in read.items() if response.ended or response.tokens == longest}
         if done:
             batch.drop(set(done))
             yield done
+
+
+def _may_be_done(ids: list[int], end_ids: Collection[int], tokenizer: Any, options: GenerationOptions) -> bool:
+    """Whether an end is seen in the last SEGMENT tokens of a response, whose whole text is read only then."""
+    if len(ids) == options.max_new_tokens or any(token in end_ids for token in ids[-SEGMENT:]):
+        return True
+    if not options.stop:
+        return False
+    # A stop text may have begun before them; no character takes more tokens than its four bytes.
+    tail = tokenizer.decode(ids[-SEGMENT - 4 * max(map(len, options.stop)) :], skip_special_tokens=True)
+    return any(stop in tail for stop in options.stop)
 
 
 def _batch_after_batch(

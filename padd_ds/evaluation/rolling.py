@@ -44,14 +44,13 @@ class RollingBatch:
         draw: Callable[[Sequence[int], Sequence[int]], DrawByRow] | None = None,
     ) -> None:
         self._model, self._config, self._max_new_tokens, self._draw = model, config, max_new_tokens, draw
-        self._rows: list[int] = []
-        self._made: list[int] = []
+        self._made: dict[int, list[int]] = {}
         self._ids_BL = torch.empty(0, 0, dtype=torch.long)
         self._mask_BL = torch.empty(0, 0, dtype=torch.long)
         self._cache: Any = None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._made)
 
     @torch.inference_mode()
     def admit(self, rows: Sequence[int], ids_NT: torch.Tensor, mask_NT: torch.Tensor) -> None:
@@ -67,8 +66,7 @@ class RollingBatch:
                 ours.values = _stacked(ours.values, theirs.values, dim=-2)
             self._ids_BL = _stacked(self._ids_BL, ids_NT, dim=-1, value=self._config.pad_token_id)
             self._mask_BL = _stacked(self._mask_BL, mask_NT, dim=-1)
-        self._rows += rows
-        self._made += [0] * len(rows)
+        self._made |= {row: [] for row in rows}
 
     @torch.inference_mode()
     def grow(self) -> dict[int, list[int]]:
@@ -76,8 +74,9 @@ class RollingBatch:
 
         Rows that reach an end token on the way are padded behind it.
         """
-        n_steps = min(SEGMENT, self._max_new_tokens - max(self._made))
-        draws = [] if self._draw is None else [self._draw(self._rows, self._made)]
+        lengths = [len(ids) for ids in self._made.values()]
+        n_steps = min(SEGMENT, self._max_new_tokens - max(lengths))
+        draws = [] if self._draw is None else [self._draw(list(self._made), lengths)]
         width = self._ids_BL.shape[1]
         self._config.max_new_tokens = n_steps
         with callers_settings_alone(self._model):
@@ -88,17 +87,16 @@ class RollingBatch:
                 generation_config=self._config,
                 logits_processor=LogitsProcessorList(draws),
             )
-        grown = self._ids_BL.shape[1] - width
-        self._mask_BL = pad(self._mask_BL, (0, grown), value=1)
-        self._made = [made + grown for made in self._made]
-        ids = self._ids_BL.tolist()
-        return {row: ids[place][-made:] for place, (row, made) in enumerate(zip(self._rows, self._made, strict=True))}
+        self._mask_BL = pad(self._mask_BL, (0, self._ids_BL.shape[1] - width), value=1)
+        for made, new in zip(self._made.values(), self._ids_BL[:, width:].tolist(), strict=True):
+            made += new
+        return self._made
 
     @torch.inference_mode()
     def drop(self, rows: set[int]) -> None:
         """Take out rows that are done, and the padding that none of the others has need of."""
-        places = [place for place, row in enumerate(self._rows) if row not in rows]
-        self._rows, self._made = [self._rows[p] for p in places], [self._made[p] for p in places]
+        places = [place for place, row in enumerate(self._made) if row not in rows]
+        self._made = {row: made for row, made in self._made.items() if row not in rows}
         if not places:
             self._cache = None
             return

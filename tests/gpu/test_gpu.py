@@ -150,3 +150,27 @@ def test_a_conversion_is_that_of_the_cpu(inputs: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(
             by_gpu[name], by_cpu[name], rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+ATTENTION = """
+import torch
+from padd_ds.engine.ranks import start_ranks, stop_ranks
+device = start_ranks().device
+for length in range(32, 321, 32):
+    # Every score is -120: what is padded within a kernel must not count as 0.
+    q, k, v = (torch.full((1, 1, length, 64), 0.1, device=device, dtype=torch.bfloat16) for _ in range(3))
+    q[..., 0], k[..., 0] = 1.0, -120 * 64**0.5
+    q.requires_grad_()
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+    torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
+    assert q.grad.isfinite().all(), length
+stop_ranks()
+"""
+
+
+def test_masked_attention_has_finite_gradients_at_every_length() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "-c", ATTENTION], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
