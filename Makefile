@@ -45,7 +45,7 @@ PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
 .PHONY: help setup setup-vllm check-system demo demo-tiny test lint test-fast test-slurm test-vllm test-gpu test-faults $(BENCHMARKS:%=eval-%) eval-all \
     eval-routing eval-general check-scorer bench-convert bench-eval bench-infer bench-joint bench-plan bench-train bench-rollout bench-parity bench-scaling \
-    repro repro-quick repro-smollm2 clean
+    repro repro-quick repro-smollm2 repro-smollm2-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 20
@@ -181,6 +181,9 @@ repro-quick: $(READY)  ## its main rows, one seed, less of everything: results/q
 
 repro-smollm2: $(READY)  ## the path on a real model, one seed, hours: results/smollm2/, results/smollm2/results.md
 	$(BIN)/python tools/repro.py --scale smollm2
+
+repro-smollm2-gpu: $(READY)  ## the same on one GPU, with larger batches: results/smollm2-gpu/, results/smollm2-gpu/results.md
+	$(BIN)/python tools/repro.py --scale smollm2-gpu --jobs 2
 
 clean:  ## delete .venv, .venv-vllm and caches
 	rm -rf $(VENV) $(VLLM_VENV) .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -49,7 +49,8 @@ def main() -> None:
         return
     work = (arguments.work or ROOT / "repro" / arguments.scale).resolve()
     results = (arguments.results or ROOT / "results" / arguments.scale).resolve()
-    runner = Runner(work=work, results=results, jobs=arguments.jobs, commit=commit())
+    device = SCALES[arguments.scale].device
+    runner = Runner(work=work, results=results, jobs=arguments.jobs, commit=commit(), device=device)
     end_on_sigterm()
     if arguments.verify:
         if not arguments.only:
@@ -57,11 +58,20 @@ def main() -> None:
         runner.verify(wanted, with_needs(wanted, cells))
         return
     if not arguments.page_only:
+        check_device(device, arguments.scale)
         runner.run(with_needs(wanted, cells))
     default_page = ROOT / "docs" / "results.md" if arguments.scale == "full" else results / "results.md"
     page = arguments.page or default_page
     write_page(page, results, list(cells.values()), SCALES[arguments.scale], arguments.scale)
     print(f"{page}, from {results}")
+
+
+def check_device(device: str, scale: str) -> None:
+    """UserError for a scale that needs a GPU where there is none."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--scale {scale} needs a GPU and torch sees none; --scale smollm2 runs without one")
 
 
 def matching(pattern: str, cells: dict[str, Cell]) -> list[str]:

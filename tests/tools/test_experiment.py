@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from padd_ds.config.load import load_run_config
 from padd_ds.errors import UserError
@@ -208,7 +209,7 @@ def test_every_cell_is_named_once_after_what_it_needs(name):
         seen.add(cell.name)
 
 
-@pytest.mark.parametrize("scale", ["full", "smollm2"])
+@pytest.mark.parametrize("scale", ["full", "smollm2", "smollm2-gpu"])
 def test_every_training_is_a_configuration_that_loads(repository, scale):
     for cell in all_cells(SCALES[scale]):
         for command in cell.commands:
@@ -354,3 +355,13 @@ def test_what_the_rows_have_is_the_best_of_their_search(repository, shape):
     assert complete
     for row, found in complete.items():
         assert max(found, key=lambda options: found[options]) == " ".join(TUNED[shape][row]), row
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_scale_that_needs_a_gpu_says_so(monkeypatch, tmp_path):
+    words = ["--scale", "smollm2-gpu", "--work", str(tmp_path), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["repro.py", *words])
+    monkeypatch.setattr(repro, "end_on_sigterm", lambda: None)
+    with pytest.raises(UserError, match="needs a GPU"):
+        repro.main()
+    assert list(tmp_path.iterdir()) == []

@@ -80,7 +80,7 @@ def write_page(path: Path, results: Path, cells: list[Cell], scale: Scale, name:
     there = current_results(results, cells)
     if not there:
         raise UserError(f"{results}: holds no result of these cells; run them first")
-    target = {"quick": "repro-quick", "smollm2": "repro-smollm2"}.get(name, "repro")
+    target = "repro" if name == "full" else f"repro-{name}"
     guide = os.path.relpath(GUIDE, path.absolute().parent)
     counts = {"done": len(there), "total": len(cells)}
     parts = [HEAD.format(target=target, scale=name, results=results.name, guide=guide, **counts)]

@@ -33,6 +33,7 @@ class Runner:
     results: Path
     jobs: int
     commit: str
+    device: str = "cpu"
     _running: set[subprocess.Popen] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: bool = False
@@ -143,7 +144,12 @@ class Runner:
             if self._stopped:
                 raise UserError("stopped")
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=environment(self.device),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             self._running.add(process)
         code = process.wait()
@@ -186,10 +192,10 @@ def fill(command: tuple[str, ...], work: Path, here: Path) -> list[str]:
     return [str(BIN / words[0]), *words[1:]]
 
 
-def environment() -> dict[str, str]:
+def environment(device: str) -> dict[str, str]:
     """One thread per process: two of them side by side are faster than one of two threads."""
     return os.environ | {
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",

@@ -70,6 +70,10 @@ _MAKE_SUMS = (
     "products:subject=product,min_terms=2,max_terms=2,min_digits=1,max_digits=2",
     *("--seed", "{seed}"),
 )
+_SUMS = (
+    *("--answer-format", "last_number", "--template", "chat", "--subject-field", "subject"),
+    *("--max-new-tokens", "16", "--batch-size"),
+)
 TASKS = {
     "arithmetic": Task(
         configs="repro",
@@ -106,13 +110,19 @@ TASKS = {
             *("--calibration-part", "A", "--calibration-field", "question,answer", "--calibration-template", "chat"),
             "--even-load",
         ),
-        evaluate=(
-            *("--answer-format", "last_number", "--template", "chat", "--subject-field", "subject"),
-            *("--solution-field", "answer", "--max-new-tokens", "16", "--batch-size", "50", "--samples", "2"),
-        ),
+        evaluate=(*_SUMS, "50", "--solution-field", "answer", "--samples", "2"),
+        record=(*_SUMS, "50"),
     ),
 }
 """Generated arithmetic for a teacher trained from scratch, and sums and products in words for a real one."""
+TASKS["smollm2-gpu"] = replace(
+    TASKS["smollm2"],
+    configs="smollm2_gpu",
+    convert=(*TASKS["smollm2"].convert, "--device", "cuda"),
+    evaluate=(*_SUMS, "250", "--solution-field", "answer", "--samples", "2"),
+    record=(*_SUMS, "250"),
+)
+"""The latter on a GPU, with larger batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +130,8 @@ class Scale:
     """How long everything is trained."""
 
     task: Task = TASKS["arithmetic"]
+    device: str = "cpu"
+    """That trains and evaluates: `cpu`, with a thread for each process, or `cuda`."""
     teacher: tuple[str, ...] = (
         *("--hidden-size", "128", "--layers", "4", "--ffn-size", "512", "--heads", "4", "--kv-heads", "4"),
         *("--batch-size", "32", "--bare-share", "0.3", "--levels", "1", "2", "3", "--peak-lr", "4e-3"),
@@ -201,6 +213,19 @@ SCALES = {
         test_problems=250,
     ),
 }
+
+SCALES["smollm2-gpu"] = replace(
+    SCALES["smollm2"],
+    task=TASKS["smollm2-gpu"],
+    device="cuda",
+    teacher_rollouts=40,
+    warmup_steps=150,
+    joint_rollouts=40,
+    responses=4,
+    calibration_tokens=16384,
+    dense=True,
+    test_problems=500,
+)
 
 SFT = ("warmup.kd_weight=0", "warmup.init_weight=0")
 """The warm-up of the baselines: as many steps on the same demonstrations, without the teacher and the clusters."""
@@ -314,6 +339,7 @@ TUNED: dict[str, dict[str, tuple[str, ...]]] = {
         "sft": ("optimizer.learning_rate=1e-4",),
         "warmed-up": ("optimizer.learning_rate=1e-4", "warmup.kd_weight=2"),
         "vanilla-grpo": ("optimizer.learning_rate=2e-5",),
+        "dense-grpo": ("optimizer.learning_rate=2e-5",),
         "padd": ("optimizer.learning_rate=2e-5", "distillation.weight=0.5", f"{_GAMMA}=0.01"),
     },
 }
