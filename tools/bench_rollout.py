@@ -1,9 +1,9 @@
 """Tokens per second of a rollout by each engine, and how long vLLM servers take to get new weights.
 
-One student, one process, the same prompts and lengths: no response ends early. transformers' plain `generate`, the
-engine `hf`, raw `vllm.LLM` in its own process, and the engine `vllm` take turns, where a vLLM is named; ratios are
-medians over turns. The update is compared with one copy of the same
-bytes.
+One student, the same prompts and lengths: no response ends early. transformers' plain `generate`, the engine `hf`, raw
+`vllm.LLM` in its own process, and the engine `vllm` take turns, where a vLLM is named; ratios are medians over turns.
+The update is compared with one copy of the same bytes. Under a launcher, without a vLLM, the student's experts are
+spread over the ranks, which share the prompts; plain `generate` then runs on every rank with a whole model of its own.
 """
 
 import argparse
@@ -12,7 +12,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM
 
 from padd_ds.config.schema import RunConfig
-from padd_ds.engine.ranks import start_ranks, stop_ranks
+from padd_ds.engine.ranks import Ranks, barrier, start_ranks, stop_ranks
 from padd_ds.engine.student import build_student
 from padd_ds.errors import UserError, run_cli
 from padd_ds.hf import load_tokenizer, read_config
@@ -66,18 +68,24 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=4, help="responses per prompt (default %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="default %(default)s")
     parser.add_argument("--new-tokens", type=int, default=64, help="default %(default)s")
+    parser.add_argument(
+        "--expert-compute", choices=["dispatched", "masked"], default="dispatched", help="as model.expert_compute"
+    )
     parser.add_argument("--turns", type=int, default=5, help="one more first (default %(default)s)")
     parser.add_argument("--cache-gib", type=float, default=1.0, help="of vLLM, on a CPU (default %(default)s)")
     arguments = parser.parse_args()
     ranks = start_ranks()
     quiet_libraries()
-    if ranks.world > 1:
-        raise UserError("one process measures; start it without a launcher")
+    if ranks.world > 1 and arguments.vllm:
+        raise UserError("with --vllm one process measures; start it without a launcher")
+    if arguments.prompts % ranks.world:
+        raise UserError(f"--prompts {arguments.prompts} must be a multiple of the {ranks.world} ranks")
     on_gpu = ranks.device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     vocabulary = read_config(str(arguments.student)).vocab_size
     shape = (arguments.prompts, arguments.prompt_tokens)
     prompts_PT = torch.randint(3, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(ranks.device)
+    prompts_PT = prompts_PT[ranks.rank :: ranks.world]
     with tempfile.TemporaryDirectory() as scratch:
         config = run_config(arguments, Path(scratch), on_gpu)
         if config.uses_vllm:
@@ -86,7 +94,7 @@ def main() -> None:
             tree = {
                 "zero_optimization": {"stage": 0},
                 "gradient_clipping": 1.0,
-                "expert_parallel": {"enabled": True, "autoep_size": 1, "use_grouped_mm": True},
+                "expert_parallel": {"enabled": True, "autoep_size": ranks.world, "use_grouped_mm": True},
                 **({"bf16": {"enabled": True}} if on_gpu else {}),
             }
             model = AutoModelForCausalLM.from_pretrained(arguments.student, dtype=dtype)
@@ -102,7 +110,7 @@ def main() -> None:
                 engines["vllm"] = rollout_engine(config, student, tokenizer, servers)
             # Of random prompts hardly a response ends by this one.
             engines = {name: replace(engine, end_token_ids=(vocabulary - 1,)) for name, engine in engines.items()}
-            measure(arguments, engines, plain, prompts_PT, dtype, Path(scratch))
+            measure(arguments, engines, plain, prompts_PT, dtype, Path(scratch), ranks)
     stop_ranks()
 
 
@@ -114,7 +122,7 @@ def run_config(arguments: argparse.Namespace, folder: Path, on_gpu: bool) -> Run
         "deepspeed": "unused",
         "steps": 1,
         "data": {"source": "unused", "max_prompt_tokens": arguments.prompt_tokens},
-        "model": {"student": str(arguments.student)},
+        "model": {"student": str(arguments.student), "expert_compute": arguments.expert_compute},
         "optimizer": {"learning_rate": 1e-5},
         "distillation": {"weight": 0},
         "rollout": {"engine": "vllm" if arguments.vllm else "hf", "max_new_tokens": arguments.new_tokens},
@@ -130,8 +138,14 @@ def measure(
     prompts_PT: torch.Tensor,
     dtype: torch.dtype,
     folder: Path,
+    ranks: Ranks,
 ) -> None:
     """Turns of all ways, then the table; `folder`: for what raw vLLM runs."""
+
+    def until_all_are_done(way: Callable[[], Any]) -> None:
+        way()
+        barrier()
+
     mask_PT, seeds = torch.ones_like(prompts_PT), list(range(0, 1000 * len(prompts_PT), 1000))
     sampling = Sampling(max_new_tokens=arguments.new_tokens)
     ways: dict[str, Any] = {"transformers' generate": lambda: generate_plainly(plain, prompts_PT, arguments)}
@@ -151,14 +165,16 @@ def measure(
                 ready = engines["vllm"].ready(turn)
                 update_s = timed(ready.__enter__, prompts_PT.device)[1]
                 updates_s += [update_s] if turn else []
-            taken_s = timed(way, prompts_PT.device)[1]
+            barrier()
+            taken_s = timed(partial(until_all_are_done, way), prompts_PT.device)[1]
             seconds[name] += [taken_s] if turn else []
     if raw is not None:
         assert raw.stdin is not None
         raw.stdin.close()
         raw.wait()
-    tokens = len(prompts_PT) * arguments.group_size * arguments.new_tokens
-    print(table(seconds, tokens))
+    tokens = arguments.prompts * arguments.group_size * arguments.new_tokens
+    if ranks.is_main:
+        print(table(seconds, tokens))
     if updates_s:
         weights = [parameter.detach() for parameter in plain.parameters()]
         copies = [torch.empty_like(weight, device="cpu") for weight in weights]
