@@ -17,15 +17,15 @@ from padd_ds.errors import UserError, run_cli
 from padd_ds.evaluation.arguments import check_arguments, parse_args, server_options
 from padd_ds.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from padd_ds.evaluation.kept import KeptResponses, Share, open_work, work_folder
-from padd_ds.files import check_output_free, write_text_whole
+from padd_ds.files import check_output_free, staged_directory, write_text_whole
 from padd_ds.launcher import launched_world
 from padd_ds.rollout.vllm.server import check_installed
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.compare:
-        compare_results(args)
+    if args.compare or args.runs:
+        report(args)
         return
     if args.check_overlap:
         check_overlap(args)
@@ -65,26 +65,40 @@ def _own_problems(args: argparse.Namespace) -> list[Problem]:
     return map_rows(rows, fields, args.data, "--{role}-field")
 
 
-def compare_results(args: argparse.Namespace) -> None:
-    """Print how results differ from the first on their questions; with --output, write a page, plots and tables too."""
+def report(args: argparse.Namespace) -> None:
+    """Print how results differ from the first on their questions; with --output, a page with them and training runs."""
     from padd_ds.evaluation.comparison import compare, comparison_text
 
     files = args.output and args.output.with_name(args.output.stem + "_files")
+    if args.output is None and args.runs:
+        raise UserError("--runs makes a page; name it, such as --output report.html")
     if args.output is not None:
         if args.output.suffix != ".html":
             raise UserError(f"--output {args.output} is for a page here; give it a name that ends in .html")
         for path in (args.output, files):
             check_output_free(path, args.overwrite)
-    comparisons = compare(args.compare)
-    print(comparison_text(comparisons))
+    comparisons = compare(args.compare) if args.compare else []
+    if comparisons:
+        print(comparison_text(comparisons))
     if args.output is not None:
-        from padd_ds.report.comparison_files import write_comparison_files
-        from padd_ds.report.comparison_page import comparison_page
-
-        page = comparison_page(comparisons)
-        write_comparison_files(files, comparisons, args.overwrite)
-        write_text_whole(args.output, page)
+        write_report(args.output, files, comparisons, args.runs or [], args.overwrite)
         print(f"written to {args.output} and {files}/")
+
+
+def write_report(page: Path, files: Path, comparisons: list[Any], folders: list[Path], overwrite: bool) -> None:
+    """The page, and plots and tables beside it."""
+    from padd_ds.report.comparison_files import write_comparison_files
+    from padd_ds.report.comparison_page import comparison_page
+    from padd_ds.report.runs_files import write_runs_files
+    from padd_ds.report.runs_page import runs_page
+    from padd_ds.report.source import read_runs
+
+    runs = read_runs(folders)
+    text = runs_page(runs, comparisons) if runs else comparison_page(comparisons)
+    with staged_directory(files, overwrite) as staged:
+        write_comparison_files(staged, comparisons)
+        write_runs_files(staged, runs)
+    write_text_whole(page, text)
 
 
 def check_overlap(args: argparse.Namespace) -> None:

@@ -35,6 +35,7 @@ EPILOG = """examples:
   padd-eval --model DIR --benchmark math500 --data-dir data --backend vllm --output results/math500.json
   padd-eval --model DIR --benchmark math500 --data-dir data --routing-analysis --output results/routing.json
   padd-eval --compare results/teacher.json results/student.json --output results/report.html
+  padd-eval --runs runs/joint runs/vanilla --output results/runs.html
   padd-eval --check-overlap train.jsonl --data-dir data
 After an interruption the same command goes on where it was, on any number of ranks. docs/evaluation.md tells more."""
 
@@ -59,6 +60,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         metavar="RESULT",
         help="no model: results beside the first, question by question; with --output, as an HTML page",
+    )
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="no model: a page in --output on folders of training runs, side by side; --compare adds results",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     add_problem_options(parser)

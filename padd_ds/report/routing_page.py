@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from padd_ds.report.html import document, figure, folded, legend, scale, table
+from padd_ds.report.html import Panel, document, folded, panel_grid, table
 from padd_ds.report.numbers import MINUS, TIMES, readable
 from padd_ds.report.panels import EXCESS
 from padd_ds.report.plots import curves, distribution, expert_map, pair_map
+from padd_ds.report.routing_panels import around_zero
 from padd_ds.report.source import Series
 
 MAX_SUBJECTS, MAX_PAIR_MAPS = 12, 4
@@ -30,12 +31,16 @@ def routing_page(document_: Values) -> str:
         f"<section><h2>Result</h2>\n{_headline(routing)}\n{_notes(routing)}</section>",
     ]
     body += [
-        f'<section><h2>{title}</h2>\n<div class="panels">\n{panels}\n</div></section>'
-        for title, drawn in _SECTIONS.items()
-        if (panels := "\n".join(filter(None, drawn(routing))))
+        f"<section><h2>{title}</h2>\n{panel_grid(panels, title)}</section>"
+        for title, panels in routing_sections(routing).items()
     ]
     body += [f"<section><h2>Layers</h2>\n{_layer_table(routing)}</section>", _facts(document_)]
     return document(title, "\n".join(body))
+
+
+def routing_sections(routing: Values) -> dict[str, list[Panel]]:
+    """What there is to draw, by section."""
+    return {title: panels for title, drawn in _SECTIONS.items() if (panels := drawn(routing))}
 
 
 def routing_summary(routing: Values) -> str:
@@ -134,7 +139,7 @@ def _notes(routing: Values) -> str:
     return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>'
 
 
-def _subjects(routing: Values) -> list[str]:
+def _subjects(routing: Values) -> list[Panel]:
     measured = routing["specialisation"]
     if measured is None:
         return []
@@ -152,20 +157,23 @@ def _subjects(routing: Values) -> list[str]:
     shown = sorted(share_CLE, key=lambda name: -routing["subjects"][name])[:MAX_SUBJECTS]
     above_CLE = {name: (share_CLE[name] - load_LE) * routing["experts"] for name in shown}
     limit = max([1e-12, *(float(np.abs(above_LE).max()) for above_LE in above_CLE.values())])
-    for place, name in enumerate(shown):
-        drawn = expert_map(name or "no subject", f"subject/{place}", above_CLE[name], limit, routing["layers"][0])
-        unit = f"share {MINUS} share of all, {TIMES} E"
-        caption = f"{routing['subjects'][name]} rows. Orange: chosen more for this subject than for all rows together."
-        bar = scale(f"{MINUS}{readable(limit)}", "0", readable(limit))
-        parts.append(figure(name or "no subject", unit, bar, drawn, caption))
+    for name in shown:
+        parts.append(
+            Panel(
+                title=name or "no subject",
+                unit=f"share {MINUS} share of all, {TIMES} E",
+                plot=expert_map(above_CLE[name], limit, routing["layers"][0]),
+                caption=f"{routing['subjects'][name]} rows. Orange: chosen more for this subject than for all rows "
+                "together.",
+                limits=around_zero(limit),
+            )
+        )
     return parts
 
 
-def _load_panels(routing: Values) -> list[str]:
+def _load_panels(routing: Values) -> list[Panel]:
     load_LE = np.array(routing["headline"]["load_share_by_layer"])
-    drawn = expert_map("Load", "load", load_LE * routing["experts"] - 1, 1.0, routing["layers"][0])
-    caption = "Faint: an even load. Full blue: no token at all."
-    parts = [figure("Load", f"share {TIMES} E", scale("0", "1", "≥ 2"), drawn, caption)]
+    parts = [_even_load_map("Load", load_LE, routing, "Faint: an even load. Full blue: no token at all.")]
     load = routing["load"]
     entropies = {"load": load["load_entropy_nats_by_layer"]}
     if load["router_entropy_nats_by_layer"] is not None:
@@ -175,7 +183,7 @@ def _load_panels(routing: Values) -> list[str]:
     return parts
 
 
-def _expert_panels(routing: Values) -> list[str]:
+def _expert_panels(routing: Values) -> list[Panel]:
     parts = []
     similarity_LEE, together_LEE = (np.array(routing[name]) for name in ("output_similarity", "coactivation"))
     for place in _spread_out(len(routing["layers"]), MAX_PAIR_MAPS):
@@ -183,31 +191,38 @@ def _expert_panels(routing: Values) -> list[str]:
         apart_EE = _without_diagonal(similarity_LEE[place])
         limit = max(float(np.abs(apart_EE).max()), 1e-12)
         title = f"Output similarity, layer {layer}"
-        drawn = pair_map(title, f"similarity/{place}", apart_EE, limit)
-        bar = scale(f"{MINUS}{readable(limit)}", "0", readable(limit))
-        parts.append(figure(title, "cosine", bar, drawn, "Orange: alike. The diagonal is left out."))
+        plot, caption = pair_map(apart_EE, limit), "Orange: alike. The diagonal is left out."
+        parts.append(Panel(title=title, unit="cosine", plot=plot, caption=caption, limits=around_zero(limit)))
         if routing["experts_per_token"] > 1:
-            parts.append(_together(layer, place, _without_diagonal(together_LEE[place])))
+            parts.append(_together(layer, _without_diagonal(together_LEE[place])))
     return parts
 
 
-def _together(layer: int, place: int, together_EE: np.ndarray) -> str:
+def _together(layer: int, together_EE: np.ndarray) -> Panel:
     title, limit = f"Co-activation, layer {layer}", max(float(together_EE.max()), 1e-12)
-    drawn = pair_map(title, f"coactivation/{place}", together_EE, limit)
     caption = "Share of an expert's tokens (row) that also go to the other one (column)."
-    return figure(title, "share", scale("0", "", readable(limit)), drawn, caption)
+    plot, limits = pair_map(together_EE, limit), ("0", "", readable(limit))
+    return Panel(title=title, unit="share", plot=plot, caption=caption, limits=limits)
 
 
-def _shift_panels(routing: Values) -> list[str]:
+def _even_load_map(title: str, share_LE: np.ndarray, routing: Values, caption: str) -> Panel:
+    plot = expert_map(share_LE * routing["experts"] - 1, 1.0, routing["layers"][0])
+    return Panel(title=title, unit=f"share {TIMES} E", plot=plot, caption=caption, limits=("0", "1", "≥ 2"))
+
+
+def _shift_panels(routing: Values) -> list[Panel]:
     shift, headline = routing["shift"], routing["headline"]
     if shift is None:
         return []
     parts = []
     if shift["shift_by_layer"] is not None:
         title, (edges, counts) = "Distribution of the router shift", (headline["shift_edges"], headline["shift_counts"])
-        drawn = distribution(title, "shift", edges, [counts], "Γ")
-        text = "Share of tokens whose shift, mean over layers, is below Γ."
-        parts.append(figure(title, "share of tokens", legend([("all tokens", "")]), drawn, text))
+        plot, text = (
+            distribution(edges, {"all tokens": counts}, "Γ"),
+            "Tokens whose shift, mean over layers, is below Γ.",
+        )
+        entries = [("all tokens", "")]
+        parts.append(Panel(title=title, unit="share of tokens", plot=plot, caption=text, entries=entries))
         values = {f"‖g {MINUS} g before‖": shift["shift_by_layer"]}
         parts.append(_curve("Router shift per layer", "mean per token", routing, values, "0: as it was."))
     flips = {"choices": shift["flips_by_layer"]}
@@ -215,7 +230,7 @@ def _shift_panels(routing: Values) -> list[str]:
     return parts
 
 
-def _cluster_panels(routing: Values) -> list[str]:
+def _cluster_panels(routing: Values) -> list[Panel]:
     clusters = routing["clusters"]
     if clusters is None:
         return []
@@ -223,15 +238,11 @@ def _cluster_panels(routing: Values) -> list[str]:
     text = "Choices among the teacher's most active clusters. The further above the other line, the more it follows."
     parts = [_curve("Agreement per layer", "share of slots", routing, values, text)]
     share_LE = np.array(clusters["teacher_share_by_layer"])
-    drawn = expert_map(
-        "Load that the teacher suggests", "clusters", share_LE * routing["experts"] - 1, 1.0, routing["layers"][0]
-    )
     text = "If every token went to the clusters that fire most for it."
-    parts.append(figure("Load that the teacher suggests", f"share {TIMES} E", scale("0", "1", "≥ 2"), drawn, text))
-    return parts
+    return [*parts, _even_load_map("Load that the teacher suggests", share_LE, routing, text)]
 
 
-_SECTIONS: dict[str, Callable[[Values], list[str]]] = {
+_SECTIONS: dict[str, Callable[[Values], list[Panel]]] = {
     "Subjects": _subjects,
     "Load": _load_panels,
     "Change since the other checkpoint": _shift_panels,
@@ -281,12 +292,12 @@ def _curve(
     values: Mapping[str, Sequence[float]],
     caption: str,
     reference: float | None = None,
-) -> str:
+) -> Panel:
     layers = np.array(routing["layers"], dtype=float)
-    series = [Series(steps=layers, values=np.array(one, dtype=float)) for one in values.values()]
-    names = legend([(name, f"mean {readable(float(np.mean(one)))}") for name, one in values.items()])
-    drawn = curves(title, f"curve/{title}", series, from_zero=True, reference=reference, across="layer")
-    return figure(title, unit, names, drawn, caption)
+    series = {name: Series(steps=layers, values=np.array(one, dtype=float)) for name, one in values.items()}
+    entries = [(name, f"mean {readable(float(np.mean(one)))}") for name, one in values.items()]
+    plot = curves(series, from_zero=True, reference=reference, across="layer")
+    return Panel(title=title, unit=unit, plot=plot, caption=caption, entries=entries)
 
 
 def _off_diagonal(values_LEE: Any) -> np.ndarray:
