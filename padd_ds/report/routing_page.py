@@ -13,9 +13,10 @@ import numpy as np
 from padd_ds.report.html import Panel, document, folded, panel_grid, table
 from padd_ds.report.numbers import MINUS, TIMES, readable
 from padd_ds.report.panels import EXCESS
-from padd_ds.report.plots import curves, distribution, expert_map, pair_map
+from padd_ds.report.plots import curves, distribution, expert_map, layers_over_steps, pair_map
 from padd_ds.report.routing_panels import around_zero
 from padd_ds.report.source import Series
+from padd_ds.report.svg import SERIES
 
 MAX_SUBJECTS, MAX_PAIR_MAPS = 12, 4
 Values = Mapping[str, Any]
@@ -108,6 +109,8 @@ def _changes(routing: Values) -> list[Row]:
         rows.append(["Router shift since the other checkpoint", readable(headline["shift"])])
     if headline["flips"] is not None:
         rows.append(["Choices that it does not make", f"{100 * headline['flips']:.1f} %"])
+    for one in routing["over_training"]:
+        rows.append([f"Choices that {_name(one['checkpoint'])} makes too", f"{100 * one['consistency']:.1f} %"])
     if (clusters := routing["clusters"]) is not None:
         agreement, chance = f"{100 * clusters['agreement']:.1f} %", f"{100 * clusters['chance']:.1f} %"
         rows.append(["Choices among the teacher's most active clusters", agreement, "", chance])
@@ -230,6 +233,38 @@ def _shift_panels(routing: Values) -> list[Panel]:
     return parts
 
 
+def _course_panels(routing: Values) -> list[Panel]:
+    """From each of several earlier checkpoints."""
+    course = routing["over_training"]
+    if not course:
+        return []
+    names = [_name(one["checkpoint"]) for one in course]
+    consistency_RL = np.array([one["consistency_by_layer"] for one in course])
+    parts = [
+        Panel(
+            title="Expert consistency per layer",
+            unit="share of slots",
+            plot=layers_over_steps(range(1, len(names) + 1), consistency_RL, 1.0, across="checkpoint"),
+            caption="Chosen experts that the earlier checkpoint chooses too. Good: rises early and stays. "
+            + "; ".join(f"{place}: {name}" for place, name in enumerate(names, start=1)),
+            limits=("0", "", "1"),
+        )
+    ]
+    places = np.unique(np.linspace(0, len(course) - 1, min(len(course), len(SERIES))).round().astype(int))
+    counts = {f"{place + 1}: {names[place]}": course[place]["shift_counts"] for place in places}
+    if course[0]["shift_edges"]:
+        parts.append(
+            Panel(
+                title="Distribution of the shift from each",
+                unit="share of tokens",
+                plot=distribution(course[0]["shift_edges"], counts, "Γ"),
+                caption="Tokens whose shift, mean over layers, is below Γ. Good: later ones lie further to the left.",
+                entries=[(name, "") for name in counts],
+            )
+        )
+    return parts
+
+
 def _cluster_panels(routing: Values) -> list[Panel]:
     clusters = routing["clusters"]
     if clusters is None:
@@ -246,12 +281,14 @@ _SECTIONS: dict[str, Callable[[Values], list[Panel]]] = {
     "Subjects": _subjects,
     "Load": _load_panels,
     "Change since the other checkpoint": _shift_panels,
+    "Over training": _course_panels,
     "The teacher's clusters": _cluster_panels,
     "Experts": _expert_panels,
 }
 
 
-def _layer_table(routing: Values) -> str:
+def layer_rows(routing: Values) -> list[dict[str, float]]:
+    """A row of numbers per layer."""
     columns: dict[str, Sequence[float] | None] = {}
     if (measured := routing["specialisation"]) is not None:
         columns |= {"NMI": measured["nmi"]["by_layer"], "shuffled": measured["nmi"]["shuffled_mean_by_layer"]}
@@ -267,12 +304,18 @@ def _layer_table(routing: Values) -> str:
         "flips": shift.get("flips_by_layer"),
         "agreement": clusters.get("agreement_by_layer"),
     }
+    for place, one in enumerate(routing["over_training"], start=1):
+        columns[f"consistency, {place}"] = one["consistency_by_layer"]
     there = {name: values for name, values in columns.items() if values is not None}
-    rows = [
-        [str(layer), *(readable(values[place]) for values in there.values())]
+    return [
+        {"layer": layer, **{name: values[place] for name, values in there.items()}}
         for place, layer in enumerate(routing["layers"])
     ]
-    return table(["layer", *there], rows)
+
+
+def _layer_table(routing: Values) -> str:
+    rows = layer_rows(routing)
+    return table(list(rows[0]), [[readable(value) for value in row.values()] for row in rows])
 
 
 def _facts(document_: Values) -> str:
