@@ -101,15 +101,17 @@ def pair_map(values_EE: np.ndarray, limit: float) -> Plot:
     return _expert_cells(values_EE, limit, "expert", "other expert", _PAIR_MAP_PX)
 
 
-def layers_over_steps(steps_R: Sequence[int | str], values_RL: np.ndarray, limit: float, across: str = "step") -> Plot:
+def layers_over_steps(
+    steps_R: Sequence[int], values_RL: np.ndarray, limit: float, across: str = "step", first_layer: int = 0
+) -> Plot:
     """Cells by record (of a step, or of what `across` names) and layer: no colour at 0, full colour at `limit`."""
     n_records, n_layers = values_RL.shape
 
     def draw(axes: Axes, palette: Palette) -> None:
-        _cells(axes, palette, values_RL.T / limit, (-0.5, n_records - 0.5))
+        _cells(axes, palette, values_RL.T / limit, (-0.5, n_records - 0.5), first_row=first_layer)
         # records need not be evenly spaced in steps, so each column is labelled by its own step
         ticks = np.unique(np.linspace(0, n_records - 1, min(n_records, 6)).round().astype(int))
-        axes.set_xticks(ticks, [plain(str(steps_R[tick])) for tick in ticks])
+        axes.set_xticks(ticks, [str(steps_R[tick]) for tick in ticks])
         axes.set_xlabel(across, labelpad=2)
 
     return Plot(draw=draw, height_px=_map_height_px(n_layers))

@@ -244,7 +244,9 @@ def _course_panels(routing: Values) -> list[Panel]:
         Panel(
             title="Expert consistency per layer",
             unit="share of slots",
-            plot=layers_over_steps(range(1, len(names) + 1), consistency_RL, 1.0, across="checkpoint"),
+            plot=layers_over_steps(
+                range(1, len(names) + 1), consistency_RL, 1.0, across="checkpoint", first_layer=routing["layers"][0]
+            ),
             caption="Chosen experts that the earlier checkpoint chooses too. Good: rises early and stays. "
             + "; ".join(f"{place}: {name}" for place, name in enumerate(names, start=1)),
             limits=("0", "", "1"),

@@ -103,7 +103,10 @@ def _read_run(folder: Path, name: str) -> RunData:
 
 
 def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 ({error}); repair or remove it") from error
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

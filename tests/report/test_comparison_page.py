@@ -123,8 +123,9 @@ def test_a_page_has_the_name_of_one(tmp_path, paths, name):
         evaluate.main(["--compare", *map(str, paths), "--output", str(tmp_path / name)])
 
 
-def test_broken_responses_leave_nothing(tmp_path, paths):
-    (tmp_path / "student.responses.jsonl").write_text("[]\n")
-    with pytest.raises(UserError, match="is no response"):
+@pytest.mark.parametrize("line", [b"[]\n", b'{"sample": "\xe9"}\n'])
+def test_broken_responses_leave_nothing(tmp_path, paths, line):
+    (tmp_path / "student.responses.jsonl").write_bytes(line)
+    with pytest.raises(UserError, match=r"student\.responses\.jsonl, line 1: is no response"):
         evaluate.main(["--compare", *map(str, paths), "--output", str(tmp_path / "report.html")])
     assert not list(tmp_path.glob("report*"))
