@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from padd_ds.report.analysis_panels import routing_sections
 from padd_ds.report.html import save_panels
-from padd_ds.report.routing_page import layer_rows, routing_sections
+from padd_ds.report.routing_page import layer_rows
 from padd_ds.report.rows import write_rows
 
 

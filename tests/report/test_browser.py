@@ -58,8 +58,10 @@ def browse(html: str, folder: Path, width: int, *options: str) -> tuple[str, lis
     return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 
-def pages(folder: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Every kind of page, of made-up figures."""
+    folder = tmp_path_factory.mktemp("pages")
     results = [
         make_result(folder / "teacher.json", "110011", "110011110011", max_new_tokens=100),
         make_result(folder / "student.json", "100111", "110011000000", costs=(50, 120), max_new_tokens=200),
@@ -82,8 +84,8 @@ def short_run(folder: Path) -> Path:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.slow
-def test_pages_need_nothing_and_fit(tmp_path: Path, width: int) -> None:
-    found = {name: problems(html, tmp_path, width) for name, html in pages(tmp_path).items()}
+def test_pages_need_nothing_and_fit(pages: dict[str, str], tmp_path: Path, width: int) -> None:
+    found = {name: problems(html, tmp_path, width) for name, html in pages.items()}
     assert not any(found.values()), found
 
 
