@@ -108,10 +108,10 @@ eval-all: $(READY)  ## MODEL=dir [DATA=folder]: all of these; finished ones are 
 	    if [ -e "$(call result,$$name)" ]; then echo "$$name: $(call result,$$name) is there already"; \
 	    else $(MAKE) --no-print-directory "eval-$$name"; fi; done
 
-eval-routing: $(READY)  ## MODEL=dir DATA=file [BEFORE=dir]: how its experts are chosen, by subject and layer, as JSON and a page
+eval-routing: $(READY)  ## MODEL=dir DATA=file [BEFORE="dir ..."]: how its experts are chosen, by subject and layer, as JSON and a page
 	$(call need-model,routing)
 	@test -e "$(DATA)" || { echo "error: DATA must be a file of problems; EVAL_ARGS names its fields" >&2; exit 2; }
-	$(BIN)/padd-eval --model "$(MODEL)" --data "$(DATA)" --routing-analysis $(if $(BEFORE),--routing-before "$(BEFORE)") \
+	$(BIN)/padd-eval --model "$(MODEL)" --data "$(DATA)" --routing-analysis $(if $(BEFORE),--routing-before $(BEFORE)) \
 	    --output "$(call result,routing)" $(EVAL_ARGS)
 
 eval-general: $(READY)  ## MODEL=dir TASKS=mmlu_pro,humaneval,...: tasks of lm-eval (the extra [general]; docs/evaluation.md)

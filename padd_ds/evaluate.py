@@ -14,18 +14,18 @@ from padd_ds.data.problems import FieldMap, Problem, map_rows
 from padd_ds.data.prompts import PromptTemplate, render, resolve_template
 from padd_ds.data.sources import read_rows
 from padd_ds.errors import UserError, run_cli
-from padd_ds.evaluation.arguments import check_arguments, parse_args, server_options
+from padd_ds.evaluation.arguments import check_arguments, page_files, parse_args, server_options
 from padd_ds.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from padd_ds.evaluation.kept import KeptResponses, Share, open_work, work_folder
-from padd_ds.files import check_output_free, write_text_whole
+from padd_ds.files import check_output_free, staged_directory, write_text_whole
 from padd_ds.launcher import launched_world
 from padd_ds.rollout.vllm.server import check_installed
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.compare:
-        compare_results(args)
+    if args.compare or args.runs:
+        report(args)
         return
     if args.check_overlap:
         check_overlap(args)
@@ -65,26 +65,40 @@ def _own_problems(args: argparse.Namespace) -> list[Problem]:
     return map_rows(rows, fields, args.data, "--{role}-field")
 
 
-def compare_results(args: argparse.Namespace) -> None:
-    """Print how results differ from the first on their questions; with --output, write a page, plots and tables too."""
+def report(args: argparse.Namespace) -> None:
+    """Print how results differ from the first on their questions; with --output, a page with them and training runs."""
     from padd_ds.evaluation.comparison import compare, comparison_text
 
-    files = args.output and args.output.with_name(args.output.stem + "_files")
+    files = args.output and page_files(args.output)
+    if args.output is None and args.runs:
+        raise UserError("--runs makes a page; name it, such as --output report.html")
     if args.output is not None:
         if args.output.suffix != ".html":
             raise UserError(f"--output {args.output} is for a page here; give it a name that ends in .html")
         for path in (args.output, files):
             check_output_free(path, args.overwrite)
-    comparisons = compare(args.compare)
-    print(comparison_text(comparisons))
+    comparisons = compare(args.compare) if args.compare else []
+    if comparisons:
+        print(comparison_text(comparisons))
     if args.output is not None:
-        from padd_ds.report.comparison_files import write_comparison_files
-        from padd_ds.report.comparison_page import comparison_page
-
-        page = comparison_page(comparisons)
-        write_comparison_files(files, comparisons, args.overwrite)
-        write_text_whole(args.output, page)
+        write_report(args.output, files, comparisons, args.runs or [], args.overwrite)
         print(f"written to {args.output} and {files}/")
+
+
+def write_report(page: Path, files: Path, comparisons: list[Any], folders: list[Path], overwrite: bool) -> None:
+    """The page, and plots and tables beside it."""
+    from padd_ds.report.comparison_files import write_comparison_files
+    from padd_ds.report.comparison_page import comparison_page
+    from padd_ds.report.runs_files import write_runs_files
+    from padd_ds.report.runs_page import runs_page
+    from padd_ds.report.source import read_runs
+
+    runs = read_runs(folders)
+    text = runs_page(runs, comparisons) if runs else comparison_page(comparisons)
+    with staged_directory(files, overwrite) as staged:
+        write_comparison_files(staged, comparisons)
+        write_runs_files(staged, runs)
+    write_text_whole(page, text)
 
 
 def check_overlap(args: argparse.Namespace) -> None:
@@ -193,7 +207,6 @@ def measure_texts(
     """What needs no responses: perplexities and routing, into `measured`."""
     from padd_ds.evaluation.perplexity import perplexity, solution_perplexity
     from padd_ds.evaluation.routing import measure_routing
-    from padd_ds.hf import load_causal_lm
 
     if text is not None:
         measured.perplexity = perplexity(model, tokenizer, text, args.window, args.max_windows)
@@ -202,18 +215,18 @@ def measure_texts(
     solutions = [problem.solution or "" for problem in problems]
     measured.solution_perplexity = solution_perplexity(model, tokenizer, prompts, solutions)
     if args.routing:
-        before = load_causal_lm(args.routing_before, model.dtype).to(model.device) if args.routing_before else None
+        before = load_like(args.routing_before[0], model) if args.routing_before else None
         subjects = [problem.subject for problem in problems]
         measured.routing = measure_routing(model, tokenizer, prompts, solutions, subjects, before)
 
 
 def analyse(args: argparse.Namespace, problems: list[Problem], template: PromptTemplate | None) -> None:
-    """Write the routing of the problems with their solutions to the output, and a page beside it."""
+    """Write the routing of the problems with their solutions to the output, and a page with its files beside it."""
     from padd_ds.evaluation.results import package_versions
     from padd_ds.evaluation.routers import find_routers
     from padd_ds.evaluation.routing import Text
-    from padd_ds.evaluation.routing_analysis import analyse_routing
-    from padd_ds.hf import load_causal_lm
+    from padd_ds.evaluation.routing_analysis import analyse_routing, changes_since
+    from padd_ds.report.routing_files import write_routing_files
     from padd_ds.report.routing_page import routing_page, routing_summary
 
     model, tokenizer = load(args.model, args.device, args.dtype)
@@ -224,15 +237,31 @@ def analyse(args: argparse.Namespace, problems: list[Problem], template: PromptT
         solutions=[problem.solution or "" for problem in problems],
         subjects=[problem.subject for problem in problems],
     )
-    before = load_causal_lm(args.routing_before, model.dtype).to(model.device) if args.routing_before else None
+    earlier = args.routing_before or []
     clusters = teacher_clusters(args, model) if args.routing_teacher else None
-    routing = analyse_routing(model, tokenizer, text, before, clusters, args.batch_size, args.seed)
+    first = load_like(earlier[0], model) if earlier else None
+    routing = analyse_routing(model, tokenizer, text, first, clusters, args.batch_size, args.seed)
+    del first, clusters  # one checkpoint in memory beside the model
+    routing["over_training"] = [
+        {"checkpoint": source, **changes_since(model, tokenizer, text, load_like(source, model), args.batch_size)}
+        for source in (earlier if len(earlier) > 1 else ())
+    ]
     settings = _settings(args, template, AnswerFormat(), model, problems)
     document = {"settings": settings, "versions": package_versions(), "routing": routing}
-    page = args.output.with_suffix(".html")
-    write_text_whole(page, routing_page(document))
+    page, files = args.output.with_suffix(".html"), page_files(args.output)
+    text_of_page = routing_page(document)
+    with staged_directory(files, args.overwrite) as staged:
+        write_routing_files(staged, routing)
+    write_text_whole(page, text_of_page)
     write_text_whole(args.output, json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
-    print(f"{args.model}\n{routing_summary(routing)}\nwritten to {args.output} and {page}")
+    print(f"{args.model}\n{routing_summary(routing)}\nwritten to {args.output}, {page} and {files}/")
+
+
+def load_like(source: str, model: Any) -> Any:
+    """Another checkpoint, in the precision and on the device of `model`."""
+    from padd_ds.hf import load_causal_lm
+
+    return load_causal_lm(source, model.dtype).to(model.device)
 
 
 def teacher_clusters(args: argparse.Namespace, model: Any) -> Any:
@@ -240,10 +269,9 @@ def teacher_clusters(args: argparse.Namespace, model: Any) -> Any:
     from padd_ds.conversion.targets import load_targets
     from padd_ds.evaluation.clusters import TeacherClusters
     from padd_ds.evaluation.routers import find_routers
-    from padd_ds.hf import load_causal_lm
 
     targets, routers = load_targets(Path(args.routing_targets or args.model)), find_routers(model)
-    teacher = load_causal_lm(args.routing_teacher, model.dtype).to(model.device)
+    teacher = load_like(args.routing_teacher, model)
     return TeacherClusters(teacher=teacher, targets=targets, n_layers=len(routers), n_experts=routers[0].n_experts)
 
 

@@ -171,7 +171,7 @@ def test_routing_analysis_writes_numbers_and_a_page(model, files, capsys):
     rows = [{"q": f"{n} + 1", "a": n + 1, "kind": "<sum>" if n % 2 else "other"} for n in range(6)]
     (files / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--routing-analysis", "--subject-field", "kind", "--solution-field", "a", "--device", "cpu"]
-    evaluate.main([*arguments(model, files, *options), "--routing-before", str(model)])
+    evaluate.main([*arguments(model, files, *options), "--routing-before", str(model), str(model)])
     routing = json.loads((files / "out.json").read_text())["routing"]
     assert routing["subjects"] == {"other": 3, "<sum>": 3}
     assert routing["headline"]["shift"] == 0.0 and routing["shift"]["flips_by_layer"] == [0.0, 0.0]
@@ -179,7 +179,9 @@ def test_routing_analysis_writes_numbers_and_a_page(model, files, capsys):
     html = (files / "out.html").read_text()
     assert "&lt;sum&gt;" in html and "<sum>" not in html
     assert "NMI of expert and subject" in capsys.readouterr().out
-    assert sorted(path.name for path in files.glob("*out*")) == ["out.html", "out.json"]
+    assert sorted(path.name for path in files.glob("*out*")) == ["out.html", "out.json", "out_files"]
+    assert [one["consistency_by_layer"] for one in routing["over_training"]] == [[1.0, 1.0]] * 2
+    assert sorted(path.name for path in (files / "out_files").iterdir()) == ["experts.csv", "layers.csv", "plots"]
 
 
 def test_overlap_of_training_data_needs_no_model(files, capsys):
@@ -219,6 +221,10 @@ def test_overlap_of_training_data_needs_no_model(files, capsys):
         (["--max-new-tokens", "4000"], "positions"),
         (["--perplexity", "{files}/text.txt", "--window", "5000"], "less than one window"),
         (["--routing-before", "{files}"], "goes with --routing or --routing-analysis"),
+        (
+            ["--routing", "--solution-field", "a", "--routing-before", "a", "b"],
+            "--routing compares with one checkpoint",
+        ),
         (["--routing-teacher", "{files}"], "goes with --routing-analysis"),
         (["--routing-targets", "{files}"], "goes with --routing-teacher"),
         (["--routing-analysis", "--samples", "2"], "leave out --samples"),

@@ -17,6 +17,7 @@ OWNED_BY_RUN_YAML = {
     "scheduler": "optimizer.schedule",
     "steps_per_print": "log.every_steps",
     "tensorboard": "log.tensorboard",
+    "wandb": "log.wandb",
     "zero_force_ds_cpu_optimizer": "optimizer.*, which is torch's AdamW wherever it runs",
 }
 """Keys that must not stand in the JSON, and the run option that sets each."""

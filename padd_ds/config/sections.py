@@ -387,3 +387,6 @@ class LogConfig:
     never, and never at ZeRO stage 3, which knows whole backward passes only."""
     tensorboard: bool = True
     """Write tensorboard event files."""
+    wandb: str | None = None
+    """Project of Weights & Biases that the metrics also go to; needs the package wandb, whose environment variables
+    (WANDB_MODE=offline, WANDB_ENTITY) hold."""

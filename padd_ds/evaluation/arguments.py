@@ -35,6 +35,7 @@ EPILOG = """examples:
   padd-eval --model DIR --benchmark math500 --data-dir data --backend vllm --output results/math500.json
   padd-eval --model DIR --benchmark math500 --data-dir data --routing-analysis --output results/routing.json
   padd-eval --compare results/teacher.json results/student.json --output results/report.html
+  padd-eval --runs runs/joint runs/vanilla --output results/runs.html
   padd-eval --check-overlap train.jsonl --data-dir data
 After an interruption the same command goes on where it was, on any number of ranks. docs/evaluation.md tells more."""
 
@@ -59,6 +60,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         metavar="RESULT",
         help="no model: results beside the first, question by question; with --output, as an HTML page",
+    )
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="no model: a page in --output on folders of training runs, side by side; --compare adds results",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     add_problem_options(parser)
@@ -102,7 +110,12 @@ def add_routing_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="no responses: the whole analysis, as JSON in --output and as a page beside it",
     )
-    routing.add_argument("--routing-before", metavar="DIR", help="checkpoint to measure the router's shift from")
+    routing.add_argument(
+        "--routing-before",
+        nargs="+",
+        metavar="DIR",
+        help="checkpoint to measure the router's shift from; several, earliest first, for their course over training",
+    )
     routing.add_argument(
         "--routing-teacher",
         metavar="DIR",
@@ -219,6 +232,10 @@ def check_routing(args: argparse.Namespace) -> None:
     """UserError for routing options that do not go together."""
     if args.routing_before and not (args.routing or args.routing_analysis):
         raise UserError("--routing-before goes with --routing or --routing-analysis")
+    if len(args.routing_before or []) > 1 and not args.routing_analysis:
+        raise UserError(
+            "--routing compares with one checkpoint; name one by --routing-before, or use --routing-analysis"
+        )
     if args.routing_teacher and not args.routing_analysis:
         raise UserError("--routing-teacher goes with --routing-analysis")
     if args.routing_targets and not args.routing_teacher:
@@ -234,7 +251,13 @@ def check_routing(args: argparse.Namespace) -> None:
         raise UserError("--routing-analysis runs in one process; start it without a launcher")
     if args.output.suffix == ".html":
         raise UserError(f"--output {args.output} is for the numbers, as JSON; the page takes its name with .html")
-    check_output_free(args.output.with_suffix(".html"), args.overwrite)
+    for path in (args.output.with_suffix(".html"), page_files(args.output)):
+        check_output_free(path, args.overwrite)
+
+
+def page_files(output: Path) -> Path:
+    """The folder with the plots and tables of a page."""
+    return output.with_name(output.stem + "_files")
 
 
 def check_at_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:

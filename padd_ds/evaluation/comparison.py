@@ -101,7 +101,7 @@ def greedy_responses(member: Compared) -> dict[int, Values]:
     if path is None or not path.is_file():
         return {}
     found = {}
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)

@@ -56,6 +56,25 @@ def analyse_routing(
     }
 
 
+@torch.inference_mode()
+def changes_since(model: Any, tokenizer: Any, text: Text, other: Any, batch_size: int = 64) -> Values:
+    """How the routing of `text` differs from that of the checkpoint `other`. UserError as `count_routing`.
+
+    `consistency`: share of the chosen experts that `other` chooses too; beside a final model, the router saturation of
+    Muennighoff et al. 2024 (arXiv 2409.02060), section 5.
+    """
+    counts = count_routing(model, tokenizer, text, other, batch_size=batch_size)
+    told, by_layer = headline(counts, text, compared=True), _shift(counts)
+    return {
+        "consistency": 1 - (told.flips or 0.0),
+        "consistency_by_layer": [1 - flips for flips in by_layer["flips_by_layer"]],
+        "shift": told.shift,
+        "shift_by_layer": by_layer["shift_by_layer"],
+        "shift_edges": told.shift_edges,
+        "shift_counts": told.shift_counts,
+    }
+
+
 def coactivation(pairs_LEE: Tensor) -> Tensor:
     """P(column's expert is chosen | row's is), [L, E, E], diagonal 1; 0 in the rows of dead experts.
 

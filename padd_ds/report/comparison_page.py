@@ -8,18 +8,20 @@ from typing import Any
 from padd_ds.evaluation.comparison import Compared, Comparison, changed_questions, greedy_responses
 from padd_ds.evaluation.intervals import wilson_interval
 from padd_ds.evaluation.paired import Difference
-from padd_ds.report.comparison_plots import BASE_PX, GROUP_PX, Draw, Point, quality_by_group, quality_over_cost
-from padd_ds.report.html import NO_DATA, cut, document, figure, folded, legend, table
+from padd_ds.report.comparison_plots import Point, quality_by_group, quality_over_cost
+from padd_ds.report.differences import differing_table, flat, listed_table
+from padd_ds.report.html import NO_DATA, Panel, cut, document, folded, panel_grid, table
 from padd_ds.report.numbers import MINUS, readable, scaled
-from padd_ds.report.svg import PAGE, SERIES, drawing
+from padd_ds.report.svg import SERIES
 
-UNKNOWN, MAX_QUESTIONS, MAX_GROUPS, MAX_CELL = "-", 5, 30, 80
+UNKNOWN, MAX_QUESTIONS, MAX_GROUPS = "-", 5, 30
 COSTS = {
     "active_parameters": "active parameters",
-    "total_parameters": "parameters",
     "flops_per_token": "FLOPs per token",
+    "total_parameters": "parameters",
 }
-_NOT_SETTINGS = ("model", "output", "overwrite", "compare", "check_overlap", "local_rank", "problems_sha256")
+_NOT_SETTINGS = ("model", "output", "overwrite", "compare", "runs", "check_overlap", "local_rank", "problems_sha256")
+UNIT = "of greedy responses"
 Row = list[str]
 
 
@@ -27,24 +29,26 @@ def comparison_page(comparisons: Sequence[Comparison]) -> str:
     """All comparisons, the numbers that count first. UserError for responses that cannot be read."""
     title = "Comparison of " + ", ".join(dict.fromkeys(one.name for c in comparisons for one in c.members))
     body = [f"<h1>{escape(title)}</h1>", _navigation(comparisons)]
-    body += [_section(comparison, place) for place, comparison in enumerate(comparisons)]
+    body += [comparison_section(comparison, place) for place, comparison in enumerate(comparisons)]
     return document(title, "\n".join(body))
 
 
-def plots(comparison: Comparison) -> dict[str, tuple[str, Draw, int | None]]:
-    """By file name: title, drawing, and its height where it is not the usual one."""
-    found: dict[str, tuple[str, Draw, int | None]] = {}
+def panels(comparison: Comparison) -> dict[str, Panel]:
+    """By the name of its file."""
+    found: dict[str, Panel] = {}
+    caption = f"Bars: 95 % intervals. Square: {comparison.members[0].name} ({comparison.role})."
     for key in ("active_parameters", "flops_per_token"):
         points = [point for member in comparison.members if (point := _point(member, key))]
         if len(points) == len(comparison.members):
-            found[f"quality_over_{key}"] = (f"Pass@1 over {COSTS[key]}", quality_over_cost(points, COSTS[key]), None)
+            title, plot = f"Pass@1 over {COSTS[key]}", quality_over_cost(points, COSTS[key])
+            found[f"quality_over_{key}"] = Panel(title=title, unit=UNIT, plot=plot, caption=caption)
     names = [member.name for member in comparison.members][: len(SERIES)]
     for kind in ("subject", "level"):
         counts = group_counts(comparison, kind)
         if 1 < len(counts) <= MAX_GROUPS:
             shares = {group: {name: 100 * right / n for name, (right, n) in of.items()} for group, of in counts.items()}
-            draw, height = quality_by_group(shares, names), BASE_PX + GROUP_PX * len(shares)
-            found[f"by_{kind}"] = (f"By {kind}", draw, height)
+            plot, entries = quality_by_group(shares, names), [(name, "") for name in names]
+            found[f"by_{kind}"] = Panel(title=f"By {kind}", unit=UNIT, plot=plot, entries=entries)
     return found
 
 
@@ -62,19 +66,20 @@ def _navigation(comparisons: Sequence[Comparison]) -> str:
     return f"<nav>{''.join(links)}</nav>" if len(links) > 1 else ""
 
 
-def _section(comparison: Comparison, place: int) -> str:
-    members = comparison.members
+def comparison_section(comparison: Comparison, place: int) -> str:
+    """Models on one set of questions, the `place`-th of the page."""
+    members, names = comparison.members, [member.name for member in comparison.members]
     parts = [
         f'<section id="set-{place}"><h2>{escape(comparison.title)}</h2>',
         headline_table(comparison),
         _notes(comparison),
-        f'<div class="panels">{"".join(_panels(comparison, place))}</div>',
+        panel_grid(list(panels(comparison).values()), f"set-{place}"),
         *(_group_table(comparison, kind) for kind in ("subject", "level")),
         _questions(comparison),
         "<h3>What differs in the models</h3>",
-        _differing([_flat(one.document.get("model", {}).get("config", {})) for one in members], members),
+        differing_table([flat(one.document.get("model", {}).get("config", {})) for one in members], names),
         "<h3>What differs in the evaluations</h3>",
-        _differing([_settings(one) for one in members], members),
+        differing_table([_settings(one) for one in members], names),
         "<h3>Environment</h3>",
         _environment(members),
         "</section>",
@@ -84,24 +89,25 @@ def _section(comparison: Comparison, place: int) -> str:
 
 def headline_table(comparison: Comparison) -> str:
     """A row per model; differences are to the first."""
-    heads = ["model", "Pass@1 %", "95 % interval", "difference", "95 % interval", "p"]
+    heads = ["model", "Pass@1 %", "95 % interval", *COSTS.values(), "difference", "95 % interval", "p"]
     drawn = all(_scores(member, "samples") for member in comparison.members)
     heads += ["mean of drawn %", "difference", "95 % interval"] if drawn else []
-    heads += ["cut off %", "tokens", *COSTS.values()]
+    heads += ["cut off %", "tokens"]
     return table(heads, [_headline_row(comparison, member, drawn) for member in comparison.members])
 
 
 def _headline_row(comparison: Comparison, member: Compared, drawn: bool) -> Row:
     scores, first = _scores(member), member is comparison.members[0]
+    costs = member.document.get("model", {}).get("costs", {})
     row = [f"{member.name} ({comparison.role})" if first else member.name, *_quality(scores)]
+    row += [scaled(costs[key]) if key in costs else UNKNOWN for key in COSTS]
     row += _difference(member.differences.get("greedy"), with_p=True)
     if drawn:
         row += [_quality(_scores(member, "samples"))[0], *_difference(member.differences.get("drawn"), with_p=False)]
     responses = scores.get("problems", 0) * scores.get("samples", 0)
     row.append(readable(100 * scores["truncated"] / responses) if responses else UNKNOWN)
     row.append(readable(scores["tokens_mean"]) if scores else UNKNOWN)
-    costs = member.document.get("model", {}).get("costs", {})
-    return row + [scaled(costs[key]) if key in costs else UNKNOWN for key in COSTS]
+    return row
 
 
 def _quality(scores: Mapping[str, Any]) -> Row:
@@ -135,21 +141,6 @@ def _notes(comparison: Comparison) -> str:
         "FLOPs are those of a token that is generated behind 1024 others.",
     ]
     return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>'
-
-
-def _panels(comparison: Comparison, place: int) -> list[str]:
-    first = comparison.members[0].name
-    parts = []
-    for key, (title, draw, height) in plots(comparison).items():
-        with drawing(title, f"set-{place}/{key}", *([height] if height else [])) as result:
-            draw(result.axes, PAGE)
-        if key.startswith("quality"):
-            caption = f"Bars: 95 % intervals. Square: {first} ({comparison.role})."
-            parts.append(figure(title, "of greedy responses", "", result.svg, caption))
-        else:
-            names = legend([(one.name, "") for one in comparison.members[: len(SERIES)]])
-            parts.append(figure(title, "of greedy responses", names, result.svg, ""))
-    return parts
 
 
 def _point(member: Compared, key: str) -> Point | None:
@@ -215,39 +206,16 @@ def _response(member: Compared, row: Mapping[str, Any] | None) -> str:
     return f"<div><header>{escape(' · '.join(facts))}</header><pre>{escape(cut(row['response']))}</pre></div>"
 
 
-def _differing(values: Sequence[Mapping[str, str]], members: Sequence[Compared]) -> str:
-    """A row per key whose values differ; absent ones are the defaults."""
-    keys = sorted({key for one in values for key in one})
-    differing = [key for key in keys if len({one.get(key) for one in values}) > 1]
-    rows = [[key, *(cut(one.get(key, UNKNOWN), MAX_CELL) for one in values)] for key in differing]
-    if not rows:
-        return '<p class="hint">nothing</p>' if keys else NO_DATA
-    return table(["", *(one.name for one in members)], rows)
-
-
 def _settings(member: Compared) -> dict[str, str]:
-    return _flat({key: value for key, value in member.document["settings"].items() if key not in _NOT_SETTINGS})
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted key to value, as text."""
-    found: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return found
+    return flat({key: value for key, value in member.document["settings"].items() if key not in _NOT_SETTINGS})
 
 
 def _environment(members: Sequence[Compared]) -> str:
-    versions = [_flat(one.document.get("versions", {})) for one in members]
-    keys = list(dict.fromkeys(key for one in versions for key in one))
-    rows = [[key, *(one.get(key, UNKNOWN) for one in versions)] for key in keys]
-    for key in ("device", "dtype"):
-        rows.append([key, *(str(one.document["settings"].get(key, UNKNOWN)) for one in members)])
+    facts = [flat(one.document.get("versions", {})) for one in members]
+    for known, one in zip(facts, members, strict=True):
+        known |= {key: str(one.document["settings"].get(key, UNKNOWN)) for key in ("device", "dtype")}
     commands = [folded(f"Settings of {one.name}", json.dumps(one.document["settings"], indent=1)) for one in members]
-    return table(["", *(one.name for one in members)], rows) + "".join(commands)
+    return listed_table(facts, [one.name for one in members]) + "".join(commands)
 
 
 def _scores(member: Compared, part: str = "problems") -> Mapping[str, Any]:

@@ -1,16 +1,15 @@
 """The plots of a comparison, each drawn into axes for the page and for a file of its own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from padd_ds.report.numbers import readable, scaled
-from padd_ds.report.svg import Palette
+from padd_ds.report.svg import Palette, Plot, plain
 
-Draw = Callable[[Axes, Palette], None]
-GROUP_PX, BASE_PX = 32, 60
+_GROUP_PX, _BASE_PX = 32, 60
 _MAX_NAME = 30
 _LOG_FROM = 10
 """Where the largest cost is this many times the smallest, its axis is logarithmic."""
@@ -27,7 +26,7 @@ class Point:
     high: float
 
 
-def quality_over_cost(points: Sequence[Point], cost: str) -> Draw:
+def quality_over_cost(points: Sequence[Point], cost: str) -> Plot:
     """Quality with its interval over `cost`; the first point, the teacher's, say, is a square."""
 
     def draw(axes: Axes, palette: Palette) -> None:
@@ -52,10 +51,10 @@ def quality_over_cost(points: Sequence[Point], cost: str) -> Draw:
         axes.grid(axis="y")
         axes.set_axisbelow(True)
 
-    return draw
+    return Plot(draw=draw)
 
 
-def quality_by_group(shares: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Draw:
+def quality_by_group(shares: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Plot:
     """A row of dots per group: per cent of right responses of each of `names`, which follow the series' colours."""
 
     def draw(axes: Axes, palette: Palette) -> None:
@@ -68,10 +67,10 @@ def quality_by_group(shares: Mapping[str, Mapping[str, float]], names: Sequence[
                 "o",
                 color=palette.series[place],
                 markersize=4.5,
-                label=_plain(name),
+                label=_short(name),
             )
         for row, group in enumerate(shares):
-            axes.annotate(_plain(group), (0, row - 0.42), va="center", fontsize=8.5)
+            axes.annotate(_short(group), (0, row - 0.42), va="center", fontsize=8.5)
         axes.set_yticks([])
         axes.set_ylim(len(shares) - 0.5, -0.75)
         axes.set_xlim(-2, 102)
@@ -79,7 +78,7 @@ def quality_by_group(shares: Mapping[str, Mapping[str, float]], names: Sequence[
         axes.grid(axis="x")
         axes.set_axisbelow(True)
 
-    return draw
+    return Plot(draw=draw, height_px=_BASE_PX + _GROUP_PX * len(shares))
 
 
 def _label(axes: Axes, points: Sequence[Point]) -> None:
@@ -89,7 +88,7 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
         above, farther = place % 2 == 0, place % 4 > 1
         offset = 14 if farther else 4
         axes.annotate(
-            _plain(point.name),
+            _short(point.name),
             (point.cost, point.high if above else point.low),
             xytext=(0, offset if above else -offset),
             textcoords="offset points",
@@ -99,6 +98,6 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
         )
 
 
-def _plain(text: str) -> str:
+def _short(text: str) -> str:
     """Cut, and without what matplotlib would take for a formula."""
-    return (text if len(text) <= _MAX_NAME else text[: _MAX_NAME - 1] + "…").replace("$", r"\$")
+    return plain(text if len(text) <= _MAX_NAME else text[: _MAX_NAME - 1] + "…")

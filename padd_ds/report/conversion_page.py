@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from padd_ds.report.html import document, figure, legend, scale, table
+from padd_ds.report.html import Panel, document, panel_grid, table
 from padd_ds.report.numbers import MINUS, TIMES, readable, scaled
 from padd_ds.report.plots import curves, expert_map
+from padd_ds.report.routing_panels import around_zero
 from padd_ds.report.source import Series
 
 UNKNOWN = "-"
@@ -50,7 +51,7 @@ def conversion_page(contents: Mapping[str, Any]) -> str:
     body = [
         f'<h1>{escape(title)}</h1>\n<p class="subtitle">{escape(_subtitle(contents))}</p>',
         f"<section><h2>Result</h2>\n{_models(contents)}\n{_proof(contents)}</section>",
-        f'<section><h2>Layers</h2>\n<div class="panels">\n{_panels(contents)}\n</div></section>',
+        f"<section><h2>Layers</h2>\n{panel_grid(_panels(contents), 'layers')}</section>",
         f"<section><h2>Settings</h2>\n{_settings(contents)}</section>",
     ]
     return document(title, "\n".join(body))
@@ -105,39 +106,42 @@ def _context(contents: Mapping[str, Any]) -> int:
     return contents["costs"]["attention_context_tokens"]
 
 
-def _panels(contents: Mapping[str, Any]) -> str:
+def _panels(contents: Mapping[str, Any]) -> list[Panel]:
     of_variant = {"student": contents["layers"], **contents["controls"]}
     first = contents.get("slices", {}).get("dense_layers", 0)
     parts = [_curve(of_variant, first, *description) for description in CURVES]
     loads = [layer["expected_load"] for layer in contents["layers"]]
     if all(load is not None for load in loads):
         parts.append(_load_map(np.array(loads)))
-    return "\n".join(filter(None, parts))
+    return [part for part in parts if part is not None]
 
 
 def _curve(
     of_variant: Mapping[str, Sequence[Mapping[str, Any]]], first: int, metric: str, title: str, unit: str, caption: str
-) -> str | None:
-    series, names = [], []
+) -> Panel | None:
+    series = {}
     for name, layers in of_variant.items():
         known = [(index, layer[metric]) for index, layer in enumerate(layers, first) if layer[metric] is not None]
         if known:
             steps, values = np.array(known, dtype=float).T
-            series.append(Series(steps=steps, values=values))
-            names.append((name, f"mean {readable(values.mean())}"))
+            series[name] = Series(steps=steps, values=values)
     if not series:
         return None
-    drawn = curves(title, metric, series, across="layer", from_zero=metric != "silhouette")
-    return figure(title, unit, legend(names), drawn, caption)
+    plot = curves(series, across="layer", from_zero=metric != "silhouette")
+    entries = [(name, f"mean {readable(one.values.mean())}") for name, one in series.items()]
+    return Panel(title=title, unit=unit, plot=plot, caption=caption, entries=entries)
 
 
-def _load_map(load_LE: np.ndarray) -> str:
+def _load_map(load_LE: np.ndarray) -> Panel:
     excess_LE = load_LE * load_LE.shape[1] - 1
     limit = max(float(np.abs(excess_LE).max()), 1e-12)
-    title, unit = "Expected load", f"share {TIMES} E {MINUS} 1"
-    drawn = expert_map(title, "load", excess_LE, limit)
-    bar = scale(f"{MINUS}{readable(limit)}", "0", readable(limit))
-    return figure(title, unit, bar, drawn, "On the calibration tokens. Orange: more than an even share.")
+    return Panel(
+        title="Expected load",
+        unit=f"share {TIMES} E {MINUS} 1",
+        plot=expert_map(excess_LE, limit),
+        caption="On the calibration tokens. Orange: more than an even share.",
+        limits=around_zero(limit),
+    )
 
 
 def _settings(contents: Mapping[str, Any]) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 
 from padd_ds.errors import UserError
 from padd_ds.files import write_text_whole
-from padd_ds.report.html import NO_DATA, cut, document, folded
+from padd_ds.report.html import NO_DATA, cut, document, folded, panel_grid
 from padd_ds.report.numbers import readable
-from padd_ds.report.panels import PHASES, training_panels
+from padd_ds.report.panels import logged_seconds, training_panels
 from padd_ds.report.routing_panels import routing_panels
-from padd_ds.report.source import RunData, read_run
+from padd_ds.report.source import RunData, read_runs
 from padd_ds.report.tables import TableRow, html_table
 
 MAX_SAMPLES_PER_STEP = 4
@@ -31,15 +31,15 @@ def write_report(
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the HTML file to write")
-    read = [read_run(folder) for folder in runs]
+    read = read_runs(runs)
     body = [_head(title, subtitle, read), _headline(rows, notes)]
-    body += [_run_section(run, index) for index, run in enumerate(read, start=1)]
+    body += [run_section(run, index) for index, run in enumerate(read, start=1)]
     write_text_whole(path, document(title, "\n".join(body)))
 
 
 def _head(title: str, subtitle: str, runs: Sequence[RunData]) -> str:
     links = ['<a href="#results">Results</a>']
-    links += [f'<a href="#run-{index}">{escape(_run_title(run))}</a>' for index, run in enumerate(runs, start=1)]
+    links += [f'<a href="#run-{index}">{escape(run_title(run))}</a>' for index, run in enumerate(runs, start=1)]
     return f'<h1>{escape(title)}</h1>\n<p class="subtitle">{escape(subtitle)}</p>\n<nav>{"".join(links)}</nav>'
 
 
@@ -49,20 +49,17 @@ def _headline(rows: Sequence[TableRow], notes: Sequence[str]) -> str:
     return f'<section id="results">\n<h2>Results</h2>\n{html_table(rows)}\n{listed}</section>'
 
 
-def _run_section(run: RunData, index: int) -> str:
+def run_section(run: RunData, index: int) -> str:
+    """All that a run logged, as the `index`-th run of the page."""
     key = f"run-{index}"
     return f"""<section id="{key}">
-<h2>{escape(_run_title(run))}</h2>
+<h2>{escape(run_title(run))}</h2>
 <p class="facts">{escape(_facts(run))}</p>
 <h3>Training</h3>
 <p class="hint">{_HINT}</p>
-<div class="panels">
-{training_panels(run, key)}
-</div>
+{panel_grid(training_panels(run), f"{key}/training")}
 <h3>Routing by layer and expert</h3>
-<div class="panels">
-{routing_panels(run, key)}
-</div>
+{panel_grid(routing_panels(run), f"{key}/routing")}
 <h3>Responses</h3>
 {_responses(run.samples)}
 <h3>Settings</h3>
@@ -71,20 +68,20 @@ def _run_section(run: RunData, index: int) -> str:
 </section>"""
 
 
-def _run_title(run: RunData) -> str:
+def run_title(run: RunData) -> str:
+    """Its stage in words, and its name."""
     stage = {"teacher_grpo": "GRPO of the teacher", "warmup": "Warm-up", "joint": "Joint training"}.get(
         run.stage, run.stage
     )
-    return f"{stage} ({run.folder.name})"
+    return f"{stage} ({run.name})"
 
 
 def _facts(run: RunData) -> str:
     facts = [str(run.folder), f"{len(run.metrics)} logged steps"]
     if run.metrics:
         facts.append(f"last step {run.metrics[-1]['step']}")
-    seconds = [line[phase] for line in run.metrics for phase in PHASES if phase in line]
-    if seconds:
-        facts.append(f"{readable(sum(seconds))} s")
+    if seconds := logged_seconds(run):
+        facts.append(f"{readable(seconds)} s")
     return " · ".join(facts)
 
 

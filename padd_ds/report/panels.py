@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from padd_ds.report.html import NO_DATA, figure, legend
+from padd_ds.report.html import Panel
 from padd_ds.report.numbers import MINUS, NO_BREAK_SPACE, TIMES, readable
 from padd_ds.report.plots import curves, stacked_bars
 from padd_ds.report.source import RunData, Series
@@ -15,7 +15,7 @@ PHASES = {"seconds_rollout": "rollout", "seconds_scoring": "scoring", "seconds_u
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurvePanel:
+class Curve:
     """One plot of metrics over steps; it is left out of a run that has none of them."""
 
     title: str
@@ -46,13 +46,13 @@ def penalty_share(run: RunData) -> str:
 
 
 CURVES = (
-    CurvePanel(
+    Curve(
         title="Language-model loss",
         unit="nats per token",
         metrics={"loss_lm": "loss_lm"},
         caption="Good: falls, then levels off.",
     ),
-    CurvePanel(
+    Curve(
         title="Distillation loss",
         unit="nats per token",
         metrics={"loss_kd": "loss_kd"},
@@ -60,7 +60,7 @@ CURVES = (
         "with temperatures other than 1 it need not reach it.",
         from_zero=True,
     ),
-    CurvePanel(
+    Curve(
         title="Initialisation loss",
         unit="nats",
         metrics={"loss_init": "loss_init"},
@@ -68,34 +68,34 @@ CURVES = (
         "Good: small beside the other losses, and not rising.",
         from_zero=True,
     ),
-    CurvePanel(
+    Curve(
         title="Policy loss",
         unit="per token",
         metrics={"loss_policy": "loss_policy"},
         caption="Good: hovers near 0 without spikes; its level says nothing about the reward.",
     ),
-    CurvePanel(
+    Curve(
         title="Auxiliary loss",
         unit="of the routers",
         metrics={"loss_aux": "loss_aux"},
         caption="Good: falls towards the dashed line, which is an even load.",
         reference=lambda run: 1.0,
     ),
-    CurvePanel(
+    Curve(
         title="Reward",
         unit="mean per response",
         metrics={"reward": "reward", "reward_correct": "correct"},
         caption="Good: both rise; reward without more correct answers means that only the form improves.",
         from_zero=True,
     ),
-    CurvePanel(
+    Curve(
         title="Response length",
         unit="tokens",
         metrics={"response_tokens": "mean length"},
         caption="Good: steady, or rising together with the reward.",
         from_zero=True,
     ),
-    CurvePanel(
+    Curve(
         title="Failed responses",
         unit="share of all",
         metrics={
@@ -108,7 +108,7 @@ CURVES = (
         "an unusable gold answer is a fault of the data.",
         from_zero=True,
     ),
-    CurvePanel(
+    Curve(
         title="Groups without spread",
         unit="share of groups",
         metrics={"groups_without_spread": "equal rewards"},
@@ -116,7 +116,7 @@ CURVES = (
         "near 1 the questions are too easy or too hard, or rollout.group_size is too small.",
         from_zero=True,
     ),
-    CurvePanel(
+    Curve(
         title="Router shift and policy ratio",
         unit="mean per token",
         metrics={
@@ -129,14 +129,14 @@ CURVES = (
         log=True,
         remark=penalty_share,
     ),
-    CurvePanel(
+    Curve(
         title="Penalised ratio",
         unit="mean per token",
         metrics={"ratio_penalised": "ratio after the penalty"},
         caption="What the advantage is multiplied by, before it is clipped. Good: close to the dashed line.",
         reference=lambda run: 1.0,
     ),
-    CurvePanel(
+    Curve(
         title="Clipped tokens",
         unit="share of response tokens",
         metrics={"clip_fraction": "clipped"},
@@ -145,7 +145,7 @@ CURVES = (
         "With gspo whole responses are clipped.",
         from_zero=True,
     ),
-    CurvePanel(
+    Curve(
         title="KL to the reference",
         unit="nats",
         metrics={"kl_reference_nats": "KL(student, reference)"},
@@ -153,7 +153,7 @@ CURVES = (
         "Good: levels off; if it keeps growing, raise the weight.",
         from_zero=True,
     ),
-    CurvePanel(
+    Curve(
         title="Flips of expert choice",
         unit="share of routed slots",
         metrics={
@@ -166,7 +166,7 @@ CURVES = (
         "rewarded and unrewarded tokens are. Good: few flips; with many, replay the routing (routing.replay).",
         from_zero=True,
     ),
-    CurvePanel(
+    Curve(
         title="Gradient of each term",
         unit="norm, weights included",
         metrics={
@@ -180,28 +180,28 @@ CURVES = (
         caption="Which term drives. Good: none is forgotten; change its weight if it is.",
         log=True,
     ),
-    CurvePanel(
+    Curve(
         title="Gradient norm",
         unit="before clipping",
         metrics={"grad_norm": "whole loss"},
         caption="Of the step's last update. Good: steady; a jump is a bad batch or too high a learning rate.",
         from_zero=True,
     ),
-    CurvePanel(
+    Curve(
         title="Load violation",
         unit=EXCESS,
         metrics={"load_max_violation": "mean over layers"},
         caption="How far the busiest expert is above an even load. Good: falls towards 0, or stays low.",
         from_zero=True,
     ),
-    CurvePanel(
+    Curve(
         title="Router entropy",
         unit="nats",
         metrics={"router_entropy_nats": "mean over layers"},
         caption="Good: below the dashed line (uniform, ln E) and steady; a fall to 0 is a collapse.",
         reference=uniform_entropy,
     ),
-    CurvePanel(
+    Curve(
         title="Throughput",
         unit="tokens per second",
         metrics={f"tokens_per_second_{phase}": phase for phase in PHASES.values()},
@@ -211,50 +211,47 @@ CURVES = (
 )
 
 
-def training_panels(run: RunData, key: str) -> str:
+def training_panels(run: RunData) -> list[Panel]:
     """Every curve that the run has, and its time per phase."""
-    panels = [_curve_figure(run, panel, key) for panel in CURVES]
-    return "\n".join([panel for panel in panels if panel] + _phase_figure(run, key)) or NO_DATA
+    return [*filter(None, (_curve_panel(run, curve) for curve in CURVES)), *_phase_panel(run)]
 
 
-def _curve_figure(run: RunData, panel: CurvePanel, key: str) -> str:
-    found = {name: run.series(metric) for metric, name in panel.metrics.items()}
+def curve_panel(curve: Curve, title: str, series: Mapping[str, Series], run: RunData, remark: str = "") -> Panel:
+    """Named series in the way of `curve`, whose level to compare with is that of `run`."""
+    drawable = any((one.values > 0).any() if curve.log else len(one.values) for one in series.values())
+    reference = curve.reference(run)
+    plot = curves(series, log=curve.log, from_zero=curve.from_zero, reference=reference) if drawable else None
+    entries = [(name, _from_to(one, 2 if curve.log else 3)) for name, one in series.items()]
+    return Panel(title=title, unit=curve.unit, plot=plot, caption=f"{curve.caption} {remark}", entries=entries)
+
+
+def _curve_panel(run: RunData, curve: Curve) -> Panel | None:
+    found = {name: run.series(metric) for metric, name in curve.metrics.items()}
     series = {name: one for name, one in found.items() if one is not None}
-    if not series:
-        return ""
-    names = legend([(name, _from_to(one, 2 if panel.log else 3)) for name, one in series.items()])
-    caption = f"{panel.caption} {panel.remark(run)}"
-    if not any((one.values > 0).any() if panel.log else len(one.values) for one in series.values()):
-        return figure(panel.title, panel.unit, names, NO_DATA, caption)
-    svg = curves(
-        panel.title,
-        f"{key}/{panel.title}",
-        list(series.values()),
-        log=panel.log,
-        from_zero=panel.from_zero,
-        reference=panel.reference(run),
-    )
-    return figure(panel.title, panel.unit, names, svg, caption)
+    return curve_panel(curve, curve.title, series, run, curve.remark(run)) if series else None
 
 
-def _phase_figure(run: RunData, key: str) -> list[str]:
+def _phase_panel(run: RunData) -> list[Panel]:
     found = {name: run.series(metric) for metric, name in PHASES.items()}
     series = {name: one for name, one in found.items() if one is not None}
     total_s = sum(one.values.sum() for one in series.values())
     if total_s <= 0 or len({len(one.values) for one in series.values()}) > 1:
         return []
-    names = legend([(name, f"{100 * one.values.sum() / total_s:.0f} %") for name, one in series.items()])
-    title = "Time per phase"
-    svg = stacked_bars(title, f"{key}/{title}", list(series.values()))
+    entries = [(name, f"{100 * one.values.sum() / total_s:.0f} %") for name, one in series.items()]
     caption = f"{readable(total_s)} s in the logged steps. Good: even bars, most of each spent on rollout and update."
-    return [figure(title, "seconds per step", names, svg, caption)]
+    plot = stacked_bars(series)
+    return [Panel(title="Time per phase", unit="seconds per step", plot=plot, caption=caption, entries=entries)]
+
+
+def logged_seconds(run: RunData) -> float:
+    """Of all phases of all logged steps."""
+    return sum(line[phase] for line in run.metrics for phase in PHASES if phase in line)
 
 
 def _from_to(series: Series, digits: int) -> str:
     """The mean of the first tenth of the values, and of the last."""
     if not len(series.values):
         return f"{series.not_finite} values, none finite"
-    tenth = max(len(series.values) // 10, 1)
-    first, last = (readable(part.mean(), digits) for part in (series.values[:tenth], series.values[-tenth:]))
+    first, last = readable(series.values[: series.tenth].mean(), digits), readable(series.last, digits)
     text = first if len(series.values) == 1 else f"{first} → {last}"
     return f"{text} ({series.not_finite} not finite)" if series.not_finite else text

@@ -1,10 +1,10 @@
-"""The kinds of plots in a report, each from numbers to an <svg> element.
+"""The kinds of plots in a report, each from numbers.
 
 Legend: L layers, E experts, R records over time.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from padd_ds.report.numbers import power_of_ten, readable
 from padd_ds.report.source import Series
-from padd_ds.report.svg import GRID, INK, SERIES, drawing
+from padd_ds.report.svg import Palette, Plot, plain
 
 MAX_POINTS = 300
 """A longer curve is drawn as means over that many blocks of steps."""
@@ -28,99 +28,93 @@ _PAIR_MAP_PX = 300
 
 
 def curves(
-    label: str,
-    key: str,
-    series: Sequence[Series],
+    series: Mapping[str, Series],
     *,
     log: bool = False,
     from_zero: bool = False,
     reference: float | None = None,
     across: str = "step",
-) -> str:
-    """Values over steps (or what `across` names): each logged step thin, their running mean thick.
+) -> Plot:
+    """Named values over steps (or what `across` names): each logged step thin, their running mean thick.
 
     A log axis shows the values above 0, and there must be one. `from_zero` starts the value axis at 0;
     `reference` is a dashed level.
     """
-    with drawing(label, key) as result:
-        axes = result.axes
-        for one, colour in zip(series, SERIES, strict=False):
-            _curve(axes, one, colour)
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        for (name, one), colour in zip(series.items(), palette.series, strict=False):
+            _curve(axes, one, colour, plain(name))
         if reference is not None:
-            axes.axhline(reference, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+            axes.axhline(reference, color=palette.ink, linewidth=0.8, linestyle=(0, (4, 3)))
         _step_axis(axes, across)
         _value_axis(axes, log, from_zero)
-    return result.svg
+
+    return Plot(draw=draw)
 
 
-def stacked_bars(label: str, key: str, series: Sequence[Series]) -> str:
+def stacked_bars(series: Mapping[str, Series]) -> Plot:
     """One bar per step (or block of steps, with means), the series on top of each other; same steps in all."""
-    with drawing(label, key) as result:
-        axes = result.axes
-        steps = block_means(series[0].steps, MAX_BARS)
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        steps = block_means(next(iter(series.values())).steps, MAX_BARS)
         width = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
         bottom = np.zeros(len(steps))
-        for one, colour in zip(series, SERIES, strict=False):
+        for (name, one), colour in zip(series.items(), palette.series, strict=False):
             heights = block_means(one.values, MAX_BARS)
-            axes.bar(steps, heights, width * _BAR_WIDTH, bottom, color=colour, linewidth=0)
+            axes.bar(steps, heights, width * _BAR_WIDTH, bottom, color=colour, linewidth=0, label=plain(name))
             bottom += heights
         _step_axis(axes)
         _value_axis(axes, log=False, from_zero=True)
-    return result.svg
+
+    return Plot(draw=draw)
 
 
-def distribution(label: str, key: str, edges: Sequence[float], counts: Sequence[Sequence[float]], name: str) -> str:
-    """Shares below each of the growing `edges`, on a logarithmic axis called `name`; a line per list of counts.
+def distribution(edges: Sequence[float], counts: Mapping[str, Sequence[float]], across: str) -> Plot:
+    """Shares below each of the growing `edges`, on a logarithmic axis that `across` names; a line per list of counts.
 
     Counts are of values below the first edge, between two neighbours, and above the last.
     """
-    with drawing(label, key) as result:
-        axes = result.axes
-        for one, colour in zip(counts, SERIES, strict=False):
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        for (name, one), colour in zip(counts.items(), palette.series, strict=False):
             below = np.cumsum(np.array(one, dtype=float))
-            axes.step(edges, below[:-1] / max(below[-1], 1.0), where="mid", color=colour, linewidth=1.8)
+            shares = below[:-1] / max(below[-1], 1.0)
+            axes.step(edges, shares, where="mid", color=colour, linewidth=1.8, label=plain(name))
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(numticks=5))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(round(math.log10(value)))))
-        axes.set_xlabel(name, labelpad=2)
+        axes.set_xlabel(across, labelpad=2)
         _value_axis(axes, log=False, from_zero=False)
         axes.set_ylim(-0.02, 1.02)
-    return result.svg
+
+    return Plot(draw=draw)
 
 
-def expert_map(label: str, key: str, values_LE: np.ndarray, limit: float, first_layer: int = 0) -> str:
+def expert_map(values_LE: np.ndarray, limit: float, first_layer: int = 0) -> Plot:
     """Cells by layer (the first of them on top) and expert: orange above 0, blue below, full colour at +-limit."""
-    n_layers, n_experts = values_LE.shape
-    with drawing(label, key, _map_height_px(n_layers)) as result:
-        axes = result.axes
-        _cells(axes, values_LE / limit, (-0.5, n_experts - 0.5), first_row=first_layer)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=_STEPS, integer=True))
-        axes.set_xlabel("expert", labelpad=2)
-    return result.svg
+    return _expert_cells(values_LE, limit, "layer", "expert", _map_height_px(len(values_LE)), first_layer)
 
 
-def pair_map(label: str, key: str, values_EE: np.ndarray, limit: float) -> str:
+def pair_map(values_EE: np.ndarray, limit: float) -> Plot:
     """Cells by expert and expert, coloured as those of `expert_map`."""
-    with drawing(label, key, _PAIR_MAP_PX) as result:
-        axes = result.axes
-        _cells(axes, values_EE / limit, (-0.5, values_EE.shape[1] - 0.5), rows="expert")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=_STEPS, integer=True))
-        axes.set_xlabel("other expert", labelpad=2)
-    return result.svg
+    return _expert_cells(values_EE, limit, "expert", "other expert", _PAIR_MAP_PX)
 
 
-def layers_over_steps(label: str, key: str, steps_R: Sequence[int], values_RL: np.ndarray, limit: float) -> str:
-    """Cells by record and layer: no colour at 0, full colour at `limit`."""
+def layers_over_steps(
+    steps_R: Sequence[int], values_RL: np.ndarray, limit: float, across: str = "step", first_layer: int = 0
+) -> Plot:
+    """Cells by record (of a step, or of what `across` names) and layer: no colour at 0, full colour at `limit`."""
     n_records, n_layers = values_RL.shape
-    with drawing(label, key, _map_height_px(n_layers)) as result:
-        axes = result.axes
-        _cells(axes, values_RL.T / limit, (-0.5, n_records - 0.5))
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        _cells(axes, palette, values_RL.T / limit, (-0.5, n_records - 0.5), first_row=first_layer)
         # records need not be evenly spaced in steps, so each column is labelled by its own step
         ticks = np.unique(np.linspace(0, n_records - 1, min(n_records, 6)).round().astype(int))
         axes.set_xticks(ticks, [str(steps_R[tick]) for tick in ticks])
-        axes.set_xlabel("step", labelpad=2)
-    return result.svg
+        axes.set_xlabel(across, labelpad=2)
+
+    return Plot(draw=draw, height_px=_map_height_px(n_layers))
 
 
 def block_means(values: np.ndarray, most: int) -> np.ndarray:
@@ -137,14 +131,14 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, window, mode="same") / np.convolve(np.ones(len(values)), window, mode="same")
 
 
-def _curve(axes: Axes, series: Series, colour: str) -> None:
+def _curve(axes: Axes, series: Series, colour: str, name: str) -> None:
     steps, values = block_means(series.steps, MAX_POINTS), block_means(series.values, MAX_POINTS)
     if len(steps) < _SMOOTHED_FROM:
         marker = "o" if len(steps) <= _MARKED_UP_TO else None
-        axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=4)
+        axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=4, label=name)
         return
     axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.45)
-    axes.plot(steps, running_mean(values, 2 * (len(values) // 24) + 1), color=colour, linewidth=2.0)
+    axes.plot(steps, running_mean(values, 2 * (len(values) // 24) + 1), color=colour, linewidth=2.0, label=name)
 
 
 def _step_axis(axes: Axes, name: str = "step") -> None:
@@ -187,8 +181,24 @@ def _widen_a_flat_axis(axes: Axes) -> None:
         axes.set_ylim(middle - least / 2, middle + least / 2)
 
 
+def _expert_cells(
+    values: np.ndarray, limit: float, rows: str, columns: str, height_px: int, first_row: int = 0
+) -> Plot:
+    def draw(axes: Axes, palette: Palette) -> None:
+        _cells(axes, palette, values / limit, (-0.5, values.shape[1] - 0.5), rows, first_row)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=_STEPS, integer=True))
+        axes.set_xlabel(columns, labelpad=2)
+
+    return Plot(draw=draw, height_px=height_px)
+
+
 def _cells(
-    axes: Axes, values: np.ndarray, columns: tuple[float, float], rows: str = "layer", first_row: int = 0
+    axes: Axes,
+    palette: Palette,
+    values: np.ndarray,
+    columns: tuple[float, float],
+    rows: str = "layer",
+    first_row: int = 0,
 ) -> None:
     """An image with the first of `rows` on top; strength as opacity, so that the page's background is neutral."""
     n_rows = len(values)
@@ -197,7 +207,7 @@ def _cells(
     extent = (*columns, first_row + n_rows - 0.5, first_row - 0.5)
     axes.imshow(np.dstack([colours, strength]), aspect="auto", interpolation="none", extent=extent)
     axes.spines[:].set_visible(True)
-    axes.spines[:].set_color(GRID)
+    axes.spines[:].set_color(palette.grid)
     axes.tick_params(axis="x", length=0)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS, integer=True))
     axes.set_ylabel(rows)

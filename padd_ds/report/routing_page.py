@@ -4,19 +4,17 @@ Legend: L layers, E experts.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from padd_ds.report.html import document, figure, folded, legend, scale, table
-from padd_ds.report.numbers import MINUS, TIMES, readable
+from padd_ds.report.analysis_panels import last_part, routing_sections
+from padd_ds.report.html import document, folded, panel_grid, table
+from padd_ds.report.numbers import readable
 from padd_ds.report.panels import EXCESS
-from padd_ds.report.plots import curves, distribution, expert_map, pair_map
-from padd_ds.report.source import Series
 
-MAX_SUBJECTS, MAX_PAIR_MAPS = 12, 4
 Values = Mapping[str, Any]
 Row = list[str]
 
@@ -24,15 +22,14 @@ Row = list[str]
 def routing_page(document_: Values) -> str:
     """The page of what `padd-eval --routing-analysis` writes as JSON."""
     routing, settings = document_["routing"], document_["settings"]
-    title = f"Routing of {_name(settings['model'])}"
+    title = f"Routing of {last_part(settings['model'])}"
     body = [
         f'<h1>{escape(title)}</h1>\n<p class="subtitle">{escape(_subtitle(routing, settings))}</p>',
         f"<section><h2>Result</h2>\n{_headline(routing)}\n{_notes(routing)}</section>",
     ]
     body += [
-        f'<section><h2>{title}</h2>\n<div class="panels">\n{panels}\n</div></section>'
-        for title, drawn in _SECTIONS.items()
-        if (panels := "\n".join(filter(None, drawn(routing))))
+        f"<section><h2>{title}</h2>\n{panel_grid(panels, title)}</section>"
+        for title, panels in routing_sections(routing).items()
     ]
     body += [f"<section><h2>Layers</h2>\n{_layer_table(routing)}</section>", _facts(document_)]
     return document(title, "\n".join(body))
@@ -51,12 +48,8 @@ def _told(row: Row) -> list[str]:
     return [name + text for name, text in named if text]
 
 
-def _name(source: str) -> str:
-    return source.rstrip("/").rpartition("/")[2] or source
-
-
 def _subtitle(routing: Values, settings: Values) -> str:
-    data = settings.get("benchmark") or _name(str(settings.get("data")))
+    data = settings.get("benchmark") or last_part(str(settings.get("data")))
     return (
         f"{len(routing['layers'])} layers of {routing['experts']} experts, {routing['experts_per_token']} per token; "
         f"{routing['tokens']} tokens of {routing['rows']} rows of {data}"
@@ -103,6 +96,8 @@ def _changes(routing: Values) -> list[Row]:
         rows.append(["Router shift since the other checkpoint", readable(headline["shift"])])
     if headline["flips"] is not None:
         rows.append(["Choices that it does not make", f"{100 * headline['flips']:.1f} %"])
+    for one in routing["over_training"]:
+        rows.append([f"Choices that {last_part(one['checkpoint'])} makes too", f"{100 * one['consistency']:.1f} %"])
     if (clusters := routing["clusters"]) is not None:
         agreement, chance = f"{100 * clusters['agreement']:.1f} %", f"{100 * clusters['chance']:.1f} %"
         rows.append(["Choices among the teacher's most active clusters", agreement, "", chance])
@@ -134,113 +129,8 @@ def _notes(routing: Values) -> str:
     return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>'
 
 
-def _subjects(routing: Values) -> list[str]:
-    measured = routing["specialisation"]
-    if measured is None:
-        return []
-    parts = [
-        _curve(
-            "NMI per layer",
-            "0 to 1",
-            routing,
-            {"expert and subject": measured["nmi"]["by_layer"], "shuffled": measured["nmi"]["shuffled_mean_by_layer"]},
-            "The higher above the shuffled control, the more a layer's experts belong to subjects.",
-        )
-    ]
-    share_CLE = {name: np.array(share) for name, share in measured["share_by_subject"].items()}
-    load_LE = np.array(routing["headline"]["load_share_by_layer"])
-    shown = sorted(share_CLE, key=lambda name: -routing["subjects"][name])[:MAX_SUBJECTS]
-    above_CLE = {name: (share_CLE[name] - load_LE) * routing["experts"] for name in shown}
-    limit = max([1e-12, *(float(np.abs(above_LE).max()) for above_LE in above_CLE.values())])
-    for place, name in enumerate(shown):
-        drawn = expert_map(name or "no subject", f"subject/{place}", above_CLE[name], limit, routing["layers"][0])
-        unit = f"share {MINUS} share of all, {TIMES} E"
-        caption = f"{routing['subjects'][name]} rows. Orange: chosen more for this subject than for all rows together."
-        bar = scale(f"{MINUS}{readable(limit)}", "0", readable(limit))
-        parts.append(figure(name or "no subject", unit, bar, drawn, caption))
-    return parts
-
-
-def _load_panels(routing: Values) -> list[str]:
-    load_LE = np.array(routing["headline"]["load_share_by_layer"])
-    drawn = expert_map("Load", "load", load_LE * routing["experts"] - 1, 1.0, routing["layers"][0])
-    caption = "Faint: an even load. Full blue: no token at all."
-    parts = [figure("Load", f"share {TIMES} E", scale("0", "1", "≥ 2"), drawn, caption)]
-    load = routing["load"]
-    entropies = {"load": load["load_entropy_nats_by_layer"]}
-    if load["router_entropy_nats_by_layer"] is not None:
-        entropies["router, per token"] = load["router_entropy_nats_by_layer"]
-    text = "Dashed: ln E, an even load, and a router that knows nothing. Near 0: a collapse."
-    parts.append(_curve("Entropy per layer", "nats", routing, entropies, text, float(np.log(routing["experts"]))))
-    return parts
-
-
-def _expert_panels(routing: Values) -> list[str]:
-    parts = []
-    similarity_LEE, together_LEE = (np.array(routing[name]) for name in ("output_similarity", "coactivation"))
-    for place in _spread_out(len(routing["layers"]), MAX_PAIR_MAPS):
-        layer = routing["layers"][place]
-        apart_EE = _without_diagonal(similarity_LEE[place])
-        limit = max(float(np.abs(apart_EE).max()), 1e-12)
-        title = f"Output similarity, layer {layer}"
-        drawn = pair_map(title, f"similarity/{place}", apart_EE, limit)
-        bar = scale(f"{MINUS}{readable(limit)}", "0", readable(limit))
-        parts.append(figure(title, "cosine", bar, drawn, "Orange: alike. The diagonal is left out."))
-        if routing["experts_per_token"] > 1:
-            parts.append(_together(layer, place, _without_diagonal(together_LEE[place])))
-    return parts
-
-
-def _together(layer: int, place: int, together_EE: np.ndarray) -> str:
-    title, limit = f"Co-activation, layer {layer}", max(float(together_EE.max()), 1e-12)
-    drawn = pair_map(title, f"coactivation/{place}", together_EE, limit)
-    caption = "Share of an expert's tokens (row) that also go to the other one (column)."
-    return figure(title, "share", scale("0", "", readable(limit)), drawn, caption)
-
-
-def _shift_panels(routing: Values) -> list[str]:
-    shift, headline = routing["shift"], routing["headline"]
-    if shift is None:
-        return []
-    parts = []
-    if shift["shift_by_layer"] is not None:
-        title, (edges, counts) = "Distribution of the router shift", (headline["shift_edges"], headline["shift_counts"])
-        drawn = distribution(title, "shift", edges, [counts], "Γ")
-        text = "Share of tokens whose shift, mean over layers, is below Γ."
-        parts.append(figure(title, "share of tokens", legend([("all tokens", "")]), drawn, text))
-        values = {f"‖g {MINUS} g before‖": shift["shift_by_layer"]}
-        parts.append(_curve("Router shift per layer", "mean per token", routing, values, "0: as it was."))
-    flips = {"choices": shift["flips_by_layer"]}
-    parts.append(_curve("Flips per layer", "share of slots", routing, flips, "Experts that were not chosen before."))
-    return parts
-
-
-def _cluster_panels(routing: Values) -> list[str]:
-    clusters = routing["clusters"]
-    if clusters is None:
-        return []
-    values = {"agreement": clusters["agreement_by_layer"], "independent": clusters["chance_by_layer"]}
-    text = "Choices among the teacher's most active clusters. The further above the other line, the more it follows."
-    parts = [_curve("Agreement per layer", "share of slots", routing, values, text)]
-    share_LE = np.array(clusters["teacher_share_by_layer"])
-    drawn = expert_map(
-        "Load that the teacher suggests", "clusters", share_LE * routing["experts"] - 1, 1.0, routing["layers"][0]
-    )
-    text = "If every token went to the clusters that fire most for it."
-    parts.append(figure("Load that the teacher suggests", f"share {TIMES} E", scale("0", "1", "≥ 2"), drawn, text))
-    return parts
-
-
-_SECTIONS: dict[str, Callable[[Values], list[str]]] = {
-    "Subjects": _subjects,
-    "Load": _load_panels,
-    "Change since the other checkpoint": _shift_panels,
-    "The teacher's clusters": _cluster_panels,
-    "Experts": _expert_panels,
-}
-
-
-def _layer_table(routing: Values) -> str:
+def layer_rows(routing: Values) -> list[dict[str, float]]:
+    """A row of numbers per layer."""
     columns: dict[str, Sequence[float] | None] = {}
     if (measured := routing["specialisation"]) is not None:
         columns |= {"NMI": measured["nmi"]["by_layer"], "shuffled": measured["nmi"]["shuffled_mean_by_layer"]}
@@ -256,12 +146,18 @@ def _layer_table(routing: Values) -> str:
         "flips": shift.get("flips_by_layer"),
         "agreement": clusters.get("agreement_by_layer"),
     }
+    for place, one in enumerate(routing["over_training"], start=1):
+        columns[f"consistency, {place}"] = one["consistency_by_layer"]
     there = {name: values for name, values in columns.items() if values is not None}
-    rows = [
-        [str(layer), *(readable(values[place]) for values in there.values())]
+    return [
+        {"layer": layer, **{name: values[place] for name, values in there.items()}}
         for place, layer in enumerate(routing["layers"])
     ]
-    return table(["layer", *there], rows)
+
+
+def _layer_table(routing: Values) -> str:
+    rows = layer_rows(routing)
+    return table(list(rows[0]), [[readable(value) for value in row.values()] for row in rows])
 
 
 def _facts(document_: Values) -> str:
@@ -274,31 +170,8 @@ def _indented(values: Values) -> str:
     return json.dumps(values, indent=1, ensure_ascii=False)
 
 
-def _curve(
-    title: str,
-    unit: str,
-    routing: Values,
-    values: Mapping[str, Sequence[float]],
-    caption: str,
-    reference: float | None = None,
-) -> str:
-    layers = np.array(routing["layers"], dtype=float)
-    series = [Series(steps=layers, values=np.array(one, dtype=float)) for one in values.values()]
-    names = legend([(name, f"mean {readable(float(np.mean(one)))}") for name, one in values.items()])
-    drawn = curves(title, f"curve/{title}", series, from_zero=True, reference=reference, across="layer")
-    return figure(title, unit, names, drawn, caption)
-
-
 def _off_diagonal(values_LEE: Any) -> np.ndarray:
     """[L, E * (E - 1)]; of one expert per layer, a 1."""
     values = np.array(values_LEE, dtype=float)
     n_experts = values.shape[-1]
     return values[:, ~np.eye(n_experts, dtype=bool)] if n_experts > 1 else values[:, 0]
-
-
-def _without_diagonal(values_EE: np.ndarray) -> np.ndarray:
-    return np.where(np.eye(len(values_EE), dtype=bool), 0.0, values_EE)
-
-
-def _spread_out(count: int, most: int) -> list[int]:
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,22 @@ class Series:
     not_finite: int = 0
     """How many values were left out because they are NaN or infinite."""
 
+    @property
+    def tenth(self) -> int:
+        """How many values are a tenth of them, at least one."""
+        return max(len(self.values) // 10, 1)
+
+    @property
+    def last(self) -> float:
+        """The mean of the last tenth of the values; there must be one."""
+        return float(self.values[-self.tenth :].mean())
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
     """A run as it was logged; lists are empty and texts None where the run left none."""
 
+    name: str
     folder: Path
     metrics: list[dict[str, Any]]
     routing: list[dict[str, Any]]
@@ -36,8 +48,22 @@ class RunData:
     @property
     def stage(self) -> str:
         """The stage that the configuration names, else just "Run"."""
+        return str(self.settings.get("stage", "Run"))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The configuration; UserError where it is not YAML."""
         tree = _parsed_yaml(self.folder / "config.yaml", self.config or "")
-        return str(tree.get("stage", "Run")) if isinstance(tree, dict) else "Run"
+        return tree if isinstance(tree, dict) else {}
+
+    @property
+    def surroundings(self) -> Mapping[str, Any]:
+        """Versions, commit, machine and ranks; UserError where they are not JSON."""
+        try:
+            tree = json.loads(self.environment or "{}")
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.folder / 'environment.json'}: not JSON ({error}); repair or remove it") from error
+        return tree if isinstance(tree, dict) else {}
 
     def series(self, metric: str) -> Series | None:
         """The metric over the steps that have it; None if no step has."""
@@ -49,12 +75,24 @@ class RunData:
         return Series(steps=steps, values=values, not_finite=len(logged) - len(finite))
 
 
-def read_run(folder: Path) -> RunData:
-    """Read a run folder; UserError if it has no metrics.jsonl or a line of it cannot be read."""
+def read_runs(folders: Sequence[Path]) -> list[RunData]:
+    """Run folders, named by as many of their last parts as tell them apart. UserError for one that is named twice."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise UserError(f"a run is named twice among {', '.join(map(str, folders))}; name each once")
+    length = 1
+    while len({one[-length:] for one in parts}) < len(parts):
+        length += 1
+    return [_read_run(folder, "/".join(one[-length:])) for folder, one in zip(folders, parts, strict=True)]
+
+
+def _read_run(folder: Path, name: str) -> RunData:
+    """UserError if it has no metrics.jsonl or a line of it cannot be read."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{metrics}: no such file; give the folder that a training run left")
     return RunData(
+        name=name,
         folder=folder,
         metrics=_json_lines(metrics),
         routing=_json_lines(folder / "routing" / "routing.jsonl"),
@@ -65,7 +103,10 @@ def read_run(folder: Path) -> RunData:
 
 
 def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 ({error}); repair or remove it") from error
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ th:first-child { text-align: left; position: sticky; left: 0; background: var(--
 tbody th { font-weight: 500; }
 thead th { border-bottom: 1px solid var(--ink); color: var(--soft); }
 td:last-child, th:last-child { padding-right: 0; }
+.texts td, .texts th { white-space: normal; overflow-wrap: anywhere; vertical-align: top; min-width: 3.5rem; }
 .range { width: 9rem; min-width: 7rem; }
 .range svg { display: block; width: 100%; height: 1rem; overflow: visible; }
 .range .axis { stroke: var(--grid); }
@@ -79,6 +80,7 @@ pre { font: .8rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; back
 details { margin-top: .5rem; }
 summary { cursor: pointer; font-size: .95rem; padding: .2rem 0; }
 @media (max-width: 480px) { body { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.45rem; }
-  tbody th { white-space: normal; min-width: 8rem; } th:first-child { padding-right: .3rem; } }
+  tbody th { white-space: normal; min-width: 8rem; } th:first-child { padding-right: .3rem; }
+  .texts tbody th { min-width: 6rem; } .texts td { padding-right: .3rem; padding-left: .3rem; } }
 @media print { pre { max-height: none; } figure, .sample, .beside > div { break-inside: avoid; } }
 """

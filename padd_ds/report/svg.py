@@ -5,8 +5,7 @@ Colours are written as marker values and replaced by CSS variables, so that one 
 
 import io
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -31,6 +30,7 @@ class Palette:
     series: tuple[str, ...]
 
 
+Draw = Callable[[Axes, Palette], None]
 PAGE = Palette(ink=INK, grid=GRID, series=SERIES)
 """Markers, for a drawing that is part of a page."""
 PRINT = Palette(ink="#1d2126", grid="#c9ced4", series=("#2166ac", "#c9580c", "#2a8a5b", "#8a4fb0"))
@@ -41,6 +41,10 @@ _VARIABLES = {INK: "--ink", GRID: "--grid"} | {mark: f"--series-{i}" for i, mark
 _WIDTH_PX, _HEIGHT_PX, _DPI = 340, 200, 72
 _LEFT_PX, _RIGHT_PX, _BOTTOM_PX, _TOP_PX = 50, 8, 37, 8
 _PNG_DPI = 200
+_LEGEND: dict[str, Any] = {
+    **{"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "frameon": False, "alignment": "left"},
+    **{"fontsize": 8.5, "borderpad": 0, "borderaxespad": 0.6},
+}
 
 
 def _settings(palette: Palette) -> dict[Any, Any]:
@@ -65,39 +69,40 @@ def _settings(palette: Palette) -> dict[Any, Any]:
     }
 
 
-class Drawing:
-    """A figure being drawn; `svg` holds the result once the block of `drawing` has ended."""
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """What is drawn into empty axes, on a page and in files of its own alike."""
 
-    def __init__(self, axes: Axes) -> None:
-        self.axes = axes
-        self.svg = ""
+    draw: Draw
+    height_px: int = _HEIGHT_PX
+
+    def svg(self, label: str, key: str) -> str:
+        """An <svg> element that is read out as `label`.
+
+        `key` is unique on the page: parts of a drawing refer to each other by names derived from it.
+        """
+        with matplotlib.rc_context({**_settings(PAGE), "svg.hashsalt": key}):
+            figure = _figure(self.height_px)
+            self.draw(figure.axes[0], PAGE)
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", transparent=True)
+        return _inline(buffer.getvalue(), label, self.height_px)
+
+    def save(self, path: Path, title: str) -> None:
+        """Write it as `path`.svg and `path`.png, on white, with `title` and what is labelled in it above."""
+        with matplotlib.rc_context({**_settings(PRINT), "svg.hashsalt": path.name}):
+            figure = _figure(self.height_px)
+            axes = figure.axes[0]
+            self.draw(axes, PRINT)
+            handles, _ = axes.get_legend_handles_labels()
+            axes.legend(handles=handles, title=plain(title), **_LEGEND)
+            figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None}, bbox_inches="tight")
+            figure.savefig(path.with_name(path.name + ".png"), dpi=_PNG_DPI, bbox_inches="tight")
 
 
-@contextmanager
-def drawing(label: str, key: str, height_px: int = _HEIGHT_PX) -> Iterator[Drawing]:
-    """Yield empty axes, then turn them into an <svg> element that is read out as `label`.
-
-    `key` is unique on the page: parts of a drawing refer to each other by names derived from it.
-    """
-    with matplotlib.rc_context({**_settings(PAGE), "svg.hashsalt": key}):
-        figure = _figure(height_px)
-        result = Drawing(figure.axes[0])
-        yield result
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True)
-    result.svg = _inline(buffer.getvalue(), label, height_px)
-
-
-def save_plot(path: Path, draw: Callable[[Axes, Palette], None], height_px: int = _HEIGHT_PX) -> None:
-    """Write what `draw` draws into empty axes as `path`.svg and `path`.png, on white, with a legend."""
-    with matplotlib.rc_context({**_settings(PRINT), "svg.hashsalt": path.name}):
-        figure = _figure(height_px)
-        axes = figure.axes[0]
-        draw(axes, PRINT)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8.5, frameon=False)
-        figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None}, bbox_inches="tight")
-        figure.savefig(path.with_name(path.name + ".png"), dpi=_PNG_DPI, bbox_inches="tight")
+def plain(text: str) -> str:
+    """Without what matplotlib would take for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _figure(height_px: int) -> Figure:

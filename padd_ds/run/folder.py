@@ -1,8 +1,8 @@
 """The folder that a run leaves.
 
 `config.yaml` (resolved), `environment.json` (versions, commit, ranks), `student/` (all of the student but its
-weights), `metrics.jsonl`, `samples.jsonl`,
-`routing/routing.jsonl`, `tensorboard/`, `checkpoints/step_N/`, `dropped_questions.jsonl` if there are any.
+weights), `metrics.jsonl`, `samples.jsonl`, `routing/routing.jsonl`, `tensorboard/`, with log.wandb `wandb/` and
+`wandb_id`, `checkpoints/step_N/`, `dropped_questions.jsonl` if there are any.
 """
 
 import json

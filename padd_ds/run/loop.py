@@ -4,14 +4,12 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
 
 from padd_ds.config.schema import RunConfig
 from padd_ds.engine.checkpoint import Checkpoint, load_checkpoint, rotate_checkpoints, save_checkpoint
-from padd_ds.engine.ranks import Ranks, any_rank
+from padd_ds.engine.ranks import Ranks, any_rank, together
 from padd_ds.files import DISK_FULL_HINT, disk_full_is_user_error
+from padd_ds.run.boards import open_boards
 from padd_ds.run.folder import append_line, drop_lines_from
 from padd_ds.run.stop import STOPPED, StopRequest
 from padd_ds.stages.stage import Stage, StepReport
@@ -32,7 +30,7 @@ def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint
         drop_lines_from(folder, start)
         (folder / STOPPED).unlink(missing_ok=True)
     with ExitStack() as stack:
-        logger = Logger(folder, config, start, stack) if ranks.is_main else None
+        logger = together(lambda: Logger(folder, config, start, stack) if ranks.is_main else None, ranks)
         for step in range(start, config.steps):
             report = stage.step(step)
             if logger is not None:
@@ -69,9 +67,7 @@ class Logger:
         self._config = config
         self._start = start
         self._started_s = time.monotonic()
-        self._board: Any = None
-        if config.log.tensorboard:
-            self._board = stack.enter_context(SummaryWriter(str(folder / "tensorboard"), purge_step=start))
+        self._boards = open_boards(folder, config, start, stack)
 
     def log(self, step: int, report: StepReport) -> None:
         """One line each in metrics.jsonl and on the terminal; routing and samples less often.
@@ -86,8 +82,8 @@ class Logger:
         last = step + 1 == self._config.steps
         if last or step % log.every_steps == 0:
             append_line(self._folder / "metrics.jsonl", {"step": step, **report.metrics})
-            for name, value in report.metrics.items() if self._board is not None else ():
-                self._board.add_scalar(name, value, step)
+            for board in self._boards:
+                board(step, report.metrics)
             for sample in report.samples:
                 append_line(self._folder / "samples.jsonl", {"step": step, **sample})
             print(self._progress(step, report), file=sys.stderr, flush=True)

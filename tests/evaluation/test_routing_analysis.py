@@ -11,7 +11,7 @@ from padd_ds.errors import UserError
 from padd_ds.evaluation.clusters import TeacherClusters
 from padd_ds.evaluation.routers import find_routers
 from padd_ds.evaluation.routing import Text
-from padd_ds.evaluation.routing_analysis import analyse_routing, coactivation
+from padd_ds.evaluation.routing_analysis import analyse_routing, changes_since, coactivation
 from tests.evaluation.routed_models import FAMILIES, routed_model
 from tools.tiny_model import make_tiny_model, make_tokenizer
 
@@ -90,6 +90,19 @@ def test_every_family_is_measured_alike_in_any_batches(family):
     assert found["shift"]["flips_by_layer"][0] > 0.2 and found["shift"]["shift_by_layer"][0] > 0.01
     assert found["headline"]["entropy_nats"] == pytest.approx(alone["headline"]["entropy_nats"], abs=1e-6)
     assert torch.tensor(found["output_similarity"][0]).diagonal().tolist() == pytest.approx([1.0] * 4, abs=1e-4)
+
+
+def test_consistency_with_an_earlier_checkpoint_worked_by_hand():
+    model, other = planted_model(), planted_model()
+    with torch.no_grad():
+        # In the first layer c and d are each other's experts there.
+        find_routers(other)[0].gate.weight.copy_(torch.eye(4, 32)[[0, 1, 3, 2]])
+    found = changes_since(model, TOKENIZER, TEXT, other, batch_size=5)
+    # They are 3/16 of the tokens each.
+    assert found["consistency_by_layer"] == pytest.approx([10 / 16, 1.0])
+    assert found["consistency"] == pytest.approx(13 / 16)
+    assert found["shift_by_layer"][0] > 0 and found["shift_by_layer"][1] == 0
+    assert sum(found["shift_counts"]) == 48 and found["shift"] == pytest.approx(found["shift_by_layer"][0] / 2)
 
 
 def test_coactivation_worked_by_hand():

@@ -5,7 +5,7 @@ from math import log, sqrt
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
 from padd_ds.evaluation.specialisation import specialisation
 
@@ -42,6 +42,7 @@ def test_value_is_that_of_scikit_learn_on_the_slots():
     expected = normalized_mutual_info_score(subject, expert, average_method="geometric")
     assert found["nmi"].value == pytest.approx(expected, abs=1e-9)
     assert found["nmi"].by_layer == [pytest.approx(expected, abs=1e-9)]
+    assert found["esi_nats"].value == pytest.approx(mutual_info_score(subject, expert), abs=1e-9)
 
 
 def test_an_expert_of_its_own_for_every_subject():

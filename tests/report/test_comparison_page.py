@@ -39,11 +39,11 @@ def test_the_headline_stands_first_and_the_teacher_is_marked(paths):
         "Environment",
     ]
     assert html.index("<table>") < html.index("<svg")
-    assert row_of(html, "teacher (teacher)")[:5] == ["66.7", "10.0 to 90.0", "-", "-", "-"]
+    assert row_of(html, "teacher (teacher)")[:8] == ["66.7", "10.0 to 90.0", "100", "300", "100", "-", "-", "-"]
     cells = row_of(html, "student")
     # One question lost and one won of six: the mean is 0, its interval +-1.96 sqrt(2 / 5 / 6).
-    assert cells[:5] == ["66.7", "10.0 to 90.0", "+0.0", "−50.6 to +50.6", "1"]  # noqa: RUF001
-    assert cells[-3:] == ["50", "120", "150"]
+    assert cells[:5] == ["66.7", "10.0 to 90.0", "50", "150", "120"]
+    assert cells[5:8] == ["+0.0", "−50.6 to +50.6", "1"]  # noqa: RUF001
 
 
 def test_differences_of_models_and_evaluations(paths):
@@ -77,7 +77,7 @@ def test_results_without_costs_or_responses(tmp_path):
         path.with_name(f"{path.stem}.responses.jsonl").unlink()
     html = comparison_page(compare(paths))
     assert "Pass@1 over" not in html
-    assert row_of(html, "b")[-3:] == ["-"] * 3
+    assert row_of(html, "b")[2:5] == ["-"] * 3
     assert html.split("Worst questions")[1].count("no data") >= 2
 
 
@@ -123,8 +123,9 @@ def test_a_page_has_the_name_of_one(tmp_path, paths, name):
         evaluate.main(["--compare", *map(str, paths), "--output", str(tmp_path / name)])
 
 
-def test_broken_responses_leave_nothing(tmp_path, paths):
-    (tmp_path / "student.responses.jsonl").write_text("[]\n")
-    with pytest.raises(UserError, match="is no response"):
+@pytest.mark.parametrize("line", [b"[]\n", b'{"sample": "\xe9"}\n'])
+def test_broken_responses_leave_nothing(tmp_path, paths, line):
+    (tmp_path / "student.responses.jsonl").write_bytes(line)
+    with pytest.raises(UserError, match=r"student\.responses\.jsonl, line 1: is no response"):
         evaluate.main(["--compare", *map(str, paths), "--output", str(tmp_path / "report.html")])
     assert not list(tmp_path.glob("report*"))

@@ -53,6 +53,7 @@ def test_math_verify_compares_values(auto, response, gold, correct):
 @pytest.mark.parametrize(
     ("response", "gold", "status"),
     [
+        ("", "5", "no_answer"),
         ("no box", "5", "no_answer"),
         ("no box", r"\frac{1}{2}", "no_answer"),
         (r"\boxed{5}", "", "gold_unparsable"),
@@ -140,6 +141,22 @@ def test_a_comparison_that_raises_is_an_error_and_spares_its_worker(monkeypatch)
         before = children()
         verdicts = checker.check([(r"\boxed{0}", "x"), (r"\boxed{1}", "x")])
         assert len(children() - before) == 1
+    assert [(verdict.status, verdict.correct) for verdict in verdicts] == [("error", False), ("ok", True)]
+
+
+def test_a_comparison_that_takes_too_much_memory_is_an_error_and_spares_its_worker():
+    worker = """
+        from padd_ds.rollout import verify_worker
+
+        def compare(answer, *others):
+            return len(bytearray(int(answer) * 2**30)) > 0
+
+        verify_worker.compare = compare
+        verify_worker.main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(worker)]
+    with AnswerChecker(BOXED, command=command) as checker:
+        verdicts = checker.check([(r"\boxed{5}", "x"), (r"\boxed{1}", "x")])
     assert [(verdict.status, verdict.correct) for verdict in verdicts] == [("error", False), ("ok", True)]
 
 
