@@ -38,13 +38,16 @@ RUFF_RULES := --line-length 120 --select E,F,I,B,UP,SIM,C4,RUF --ignore SIM905,R
 # Cluster file of the GPU that the plan's benchmark runs on.
 GPU ?=
 
+# Run file of the step's profile.
+CONFIG ?=
+
 # Models and data of the joint step's benchmark.
 STUDENT ?= repro/full/seed0/half/warmed-up/model
 TEACHER ?= repro/full/seed0/teacher/model
 PROBLEMS ?= repro/full/seed0/teacher-sft/data/train.jsonl
 
 .PHONY: help setup setup-vllm check-system demo demo-tiny test lint test-fast test-slurm test-vllm test-gpu test-faults $(BENCHMARKS:%=eval-%) eval-all \
-    eval-routing eval-general check-scorer bench-convert bench-eval bench-infer bench-joint bench-plan bench-train bench-rollout bench-parity bench-scaling \
+    eval-routing eval-general check-scorer bench-convert bench-eval bench-infer bench-joint bench-plan bench-train bench-rollout profile-step bench-parity bench-scaling \
     repro repro-quick repro-smollm2 repro-smollm2-gpu clean
 
 help:  ## list the targets
@@ -153,6 +156,10 @@ bench-plan: $(READY)  ## what padd-plan says beside ten small runs of two CPU ra
 
 bench-train: $(READY)  ## a training step's tokens per second beside transformers' own class of the student, on a GPU where there is one
 	$(BIN)/python tools/bench_train.py
+
+profile-step: $(READY)  ## CONFIG=run.yaml: where a step's seconds go, and its matrix products beside the machine's rate
+	@test -e "$(CONFIG)" || { echo "error: CONFIG must be a run file, as of padd_ds/train.py; EVAL_ARGS takes section.key=value" >&2; exit 2; }
+	$(BIN)/python tools/profile_step.py --config "$(CONFIG)" $(EVAL_ARGS)
 
 bench-rollout: $(VLLM_READY)  ## STUDENT=dir: responses by each rollout engine beside plain transformers and vLLM, and the update of a server
 	@test -d "$(STUDENT)" || { echo "error: $(STUDENT) is missing; set STUDENT" >&2; exit 2; }
