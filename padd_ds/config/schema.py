@@ -112,6 +112,24 @@ class RunConfig:
         return self
 
     @model_validator(mode="after")
+    def _what_is_drawn_ahead_is_corrected(self) -> "RunConfig":
+        if not self.has_rollouts or self.rollout.max_staleness == 0:
+            return self
+        if not self.uses_vllm:
+            raise ValueError("rollout.max_staleness is 1, which is for servers: set rollout.engine=vllm, or 0")
+        if self.vllm.servers is None and self.vllm.sleep is not False:
+            raise ValueError(
+                "rollout.max_staleness is 1, so servers draw while the student is trained: set vllm.sleep=false, or "
+                "vllm.servers for servers on nodes of their own"
+            )
+        if self.policy.importance_cap is None:
+            raise ValueError(
+                "rollout.max_staleness is 1, so responses are older than the policy that learns from them: set "
+                "policy.importance_cap, for example to 2"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _guidance_is_not_the_rollouts(self) -> "RunConfig":
         if self.rollout.guidance is not None and self.policy.importance_cap is not None:
             raise ValueError(

@@ -167,6 +167,9 @@ class RolloutConfig:
     """Run each prompt once and copy its cache to the G samples."""
     prompts_per_batch: Count | None = None
     """Prompts whose groups are generated together on one rank; default: all of the rank's."""
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """How many rollouts the student may have learnt from since the weights that draw one. 1: servers draw the next
+    rollout while this one is learnt from."""
     guidance: str | None = None
     """Folder written by padd-cache with --responses. In a group without a right response, the last one gives way to one
     of the teacher's right ones to that question, where there is one. Default: the student's own responses alone."""

@@ -3,7 +3,7 @@
 Legend: P prompts of this rank, G responses per prompt, B = P * G, T prompt tokens, R response tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import PromptTemplate, render
 from padd_ds.losses.advantage import group_advantages, groups_without_spread
 from padd_ds.rollout.batch import RolloutBatch
-from padd_ds.rollout.generation import Responses, RolloutEngine, Sampling, generate_in_batches
+from padd_ds.rollout.generation import DrawsAhead, Responses, RolloutEngine, Sampling, generate_in_batches
 from padd_ds.rollout.guidance import Guidance, with_responses
 from padd_ds.rollout.rewards import Reward, RewardOptions, score_responses
 from padd_ds.rollout.verify import AnswerChecker
@@ -35,6 +35,16 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A rank's prompts of a rollout."""
+
+    problems: list[Problem]
+    ids_PT: torch.Tensor
+    mask_PT: torch.Tensor
+    seeds: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Collector:
     """Draws the prompts of a step and turns them into a rollout."""
 
@@ -52,31 +62,33 @@ class Collector:
     """Whether responses of a group without spread keep no token to learn from."""
     guidance: Guidance | None = None
     """The teacher's right responses, for groups that have none."""
+    ahead: DrawsAhead | None = None
+    """The engine, where the next rollout is drawn while this one is learnt from."""
+    steps: int = 0
+    """Rollouts of the run, behind whose last none is begun."""
     seed: int
     rank: int
     world: int
     device: torch.device
+    _begun: dict[int, Any] = field(init=False, default_factory=dict)
+    """Responses that are drawn ahead, by step."""
 
     def collect(self, step: int) -> Rollout:
-        """The rollout of `step`: a function of the weights, the step and the seed. Collective."""
-        rows = batch_indices(step, self.options.prompts, len(self.problems), self.seed)
-        problems = [self.problems[row] for row in rows[self.rank :: self.world]]
-        prompts = [render(self.template, problem, self.tokenizer) for problem in problems]
-        encoded = prompt_batch(prompts, self.tokenizer, self.max_prompt_tokens)
-        ids_PT, mask_PT = (
-            encoded["input_ids_BT"].to(self.device),
-            encoded["attention_mask_BT"].to(self.device),
-        )
-        # By the place in the whole rollout: responses are the same on any number of ranks.
-        seeds = [derive_seed(self.seed, step, place) for place in range(len(rows))][self.rank :: self.world]
-        with self.engine.ready(step):
-            responses = self._generate(ids_PT, mask_PT, seeds)
+        """The rollout of `step`: a function of the weights, the step and the seed. Collective.
+
+        With `ahead` the responses of the next one are begun with the same weights, before this one is learnt from.
+        """
+        asked = self._prompts(step)
+        problems, ids_PT, mask_PT = asked.problems, asked.ids_PT, asked.mask_PT
+        responses = self._responses(step, asked)
         texts = self._decode(responses)
         golds = [problem.answer for problem in problems for _ in range(self.options.group_size)]
         rewards = self._score(texts, golds, responses.ended_B.tolist())
         group_size = self.options.group_size
         samples, metrics = _samples(problems, texts, rewards, group_size), _metrics(rewards, responses, group_size)
         failure_P = 1 - torch.tensor([reward.correct for reward in rewards]).view(-1, group_size).mean(dim=1)
+        if responses.versions_B is not None:
+            metrics["rollout_staleness"] = (float((step - responses.versions_B).sum()), len(rewards))
         if self.guidance is not None:
             responses, rewards, guided = self._guided(step, problems, responses, rewards)
             metrics["groups_guided"] = (float(guided), len(problems))
@@ -101,6 +113,36 @@ class Collector:
         for index, sample in enumerate(samples):
             sample["advantage"] = float(advantage_B[index])
         return Rollout(batch=batch, metrics=metrics, samples=samples)
+
+    def _prompts(self, step: int) -> Asked:
+        rows = batch_indices(step, self.options.prompts, len(self.problems), self.seed)
+        problems = [self.problems[row] for row in rows[self.rank :: self.world]]
+        prompts = [render(self.template, problem, self.tokenizer) for problem in problems]
+        encoded = prompt_batch(prompts, self.tokenizer, self.max_prompt_tokens)
+        # By the place in the whole rollout: responses are the same on any number of ranks.
+        seeds = [derive_seed(self.seed, step, place) for place in range(len(rows))]
+        return Asked(
+            problems=problems,
+            ids_PT=encoded["input_ids_BT"].to(self.device),
+            mask_PT=encoded["attention_mask_BT"].to(self.device),
+            seeds=seeds[self.rank :: self.world],
+        )
+
+    def _responses(self, step: int, asked: Asked) -> Responses:
+        if step in self._begun:
+            assert self.ahead is not None
+            responses = self.ahead.finish(self._begun.pop(step), step)
+        else:
+            with self.engine.ready(step):
+                responses = self._generate(asked)
+        if self.ahead is not None and step + 1 < self.steps:
+            following = self._prompts(step + 1)
+            group_size, sampling = self.options.group_size, self._sampling
+            with self.ahead.ready(step):
+                self._begun[step + 1] = self.ahead.begin(
+                    following.ids_PT, following.mask_PT, group_size, sampling, following.seeds
+                )
+        return responses
 
     def _score(self, texts: list[str], golds: list[str], ended: list[bool]) -> list[Reward]:
         return score_responses(texts, golds, ended, self.checker, self.reward_options)
@@ -131,20 +173,23 @@ class Collector:
         rewards = [taken.get(row, reward) for row, reward in enumerate(rewards)]
         return with_responses(responses, rows, self.tokenizer.pad_token_id), rewards, len(rows)
 
-    def _generate(self, ids_PT: torch.Tensor, mask_PT: torch.Tensor, seeds: list[int]) -> Responses:
-        options = self.options
-        sampling = Sampling(
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            share_prefill=options.share_prefill,
+    @property
+    def _sampling(self) -> Sampling:
+        return Sampling(
+            max_new_tokens=self.options.max_new_tokens,
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
+            share_prefill=self.options.share_prefill,
         )
+
+    def _generate(self, asked: Asked) -> Responses:
+        group_size, sampling = self.options.group_size, self._sampling
         return generate_in_batches(
-            lambda ids, mask, chunk: self.engine.generate(ids, mask, options.group_size, sampling, chunk),
-            ids_PT,
-            mask_PT,
-            seeds,
-            options.prompts_per_batch or len(ids_PT),
+            lambda ids, mask, chunk: self.engine.generate(ids, mask, group_size, sampling, chunk),
+            asked.ids_PT,
+            asked.mask_PT,
+            asked.seeds,
+            self.options.prompts_per_batch or len(asked.ids_PT),
             self.tokenizer.pad_token_id,
         )
 

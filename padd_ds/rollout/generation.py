@@ -44,6 +44,8 @@ class Responses:
     routes_BLNK: torch.Tensor | None = None
     """Experts that every token of prompt and response (L = T + R) was routed to, int16; -1 on the last token, which
     no forward pass saw. None where they were not traced."""
+    versions_B: torch.Tensor | None = None
+    """Of the weights that made them, on the CPU; None where they are those of the student itself."""
 
 
 class RolloutEngine(Protocol):
@@ -65,6 +67,26 @@ class RolloutEngine(Protocol):
 
         A response is drawn by the seed of its prompt plus its place in the group, whatever stands beside it.
         """
+        ...
+
+
+class DrawsAhead(RolloutEngine, Protocol):
+    """An engine that can draw while the student is trained."""
+
+    def begin(
+        self,
+        prompt_ids_PT: torch.Tensor,
+        prompt_mask_PT: torch.Tensor,
+        group_size: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> Any:
+        """Start what `generate` does, inside `ready`, and return at once."""
+        ...
+
+    def finish(self, drawing: Any, version: int) -> Responses:
+        """The responses that were begun. What a server failed to answer is drawn from the weights as they are now,
+        which get this number. Collective; before the next `ready`."""
         ...
 
 
@@ -210,6 +232,7 @@ def generate_in_batches(
         mask_BR=torch.cat([part.mask_BR for part in wide]),
         ended_B=torch.cat([part.ended_B for part in wide]),
         logprobs_BR=joined([part.logprobs_BR for part in wide]),
+        versions_B=joined([part.versions_B for part in wide]),
         routes_BLNK=joined([part.routes_BLNK for part in wide]),
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -32,6 +32,7 @@ from padd_ds.losses.policy import CLIPS, PolicyOptions
 from padd_ds.moe.balance import BalanceOptions
 from padd_ds.offline.cache import TeacherCache
 from padd_ds.rollout.collect import Collector
+from padd_ds.rollout.generation import DrawsAhead
 from padd_ds.rollout.guidance import Guidance
 from padd_ds.rollout.rewards import RewardOptions
 from padd_ds.rollout.verify import AnswerChecker
@@ -296,9 +297,11 @@ def make_collector(
     servers: RolloutServers | None = None,
 ) -> Collector:
     """What draws, checks and weighs the responses of this rank. Collective with servers."""
-    ranks = student.ranks
+    ranks, engine = student.ranks, rollout_engine(config, student, tokenizer, servers)
     return Collector(
-        engine=rollout_engine(config, student, tokenizer, servers),
+        engine=engine,
+        ahead=cast(DrawsAhead, engine) if config.rollout.max_staleness else None,
+        steps=config.steps,
         tokenizer=tokenizer,
         problems=problems,
         template=prompt_template(config.data),

@@ -116,6 +116,19 @@ def test_importance_weights_and_nucleus_sampling_exclude_each_other(run_yaml: Pa
         load_run_config(run_yaml, [*both, one])
 
 
+def test_what_is_drawn_ahead_needs_awake_servers_and_a_correction(run_yaml: Path) -> None:
+    ahead = ["stage=joint", "rollout.max_staleness=1"]
+    served = [*ahead, "rollout.engine=vllm"]
+    awake = [*served, "vllm.sleep=false"]
+    for words, missing in ((ahead, "rollout.engine=vllm"), (served, "vllm.sleep=false"), (awake, "importance_cap")):
+        with pytest.raises(UserError, match=rf"max_staleness is 1.*{missing}"):
+            load_run_config(run_yaml, words)
+    load_run_config(run_yaml, [*awake, "policy.importance_cap=2"])
+    elsewhere = ["vllm.servers=[http://a:1]", "vllm.transport=network"]
+    load_run_config(run_yaml, [*served, *elsewhere, "policy.importance_cap=2"])
+    load_run_config(run_yaml, ["stage=warmup", "rollout.max_staleness=1"])
+
+
 def test_a_teachers_responses_have_no_likelihood_of_the_rollout(run_yaml: Path) -> None:
     both = ["stage=joint", "policy.importance_cap=2", "rollout.guidance=cache"]
     with pytest.raises(UserError, match=r"responses of rollout\.guidance have none of: set one of them to null"):

@@ -1,6 +1,7 @@
 """From prompts to advantages."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -150,3 +151,42 @@ def test_prompts_can_be_generated_in_smaller_batches() -> None:
 def test_a_step_draws_the_same_prompts_again() -> None:
     one = collector(ScriptedEngine(["1"] * 4), ScriptedChecker(right_if_equal))
     assert torch.equal(one.collect(3).batch.prompt_ids_BT, one.collect(3).batch.prompt_ids_BT)
+
+
+class AheadEngine(ScriptedEngine):
+    """Tells what it is asked, in order; what is begun has the version of then."""
+
+    def __init__(self) -> None:
+        super().__init__(["1", "2", "3", "4"])
+        self.told: list[str] = []
+        self.version = -1
+
+    def ready(self, version: int) -> AbstractContextManager[object]:
+        self.told.append(f"ready {version}")
+        self.version = version
+        return nullcontext()
+
+    def generate(self, *arguments: Any) -> Responses:
+        self.told.append("generate")
+        return replace(super().generate(*arguments), versions_B=torch.full((4,), self.version))
+
+    def begin(self, ids: torch.Tensor, *arguments: Any) -> Responses:
+        self.told.append(f"begin {TOKENIZER.decode(ids[0], skip_special_tokens=True)}")
+        return replace(super().generate(ids, *arguments), versions_B=torch.full((4,), self.version))
+
+    def finish(self, drawing: Responses, version: int) -> Responses:
+        self.told.append("finish")
+        return drawing
+
+
+def test_the_next_rollout_is_drawn_with_the_weights_of_this_one() -> None:
+    engine = AheadEngine()
+    ahead = replace(collector(engine, ScriptedChecker(right_if_equal)), ahead=engine, steps=3)
+    rollouts = [ahead.collect(step) for step in range(3)]
+    asked = [rollout.samples[0]["question"] for rollout in rollouts]
+    assert engine.told == [
+        *("ready 0", "generate", "ready 0", f"begin {asked[1]}"),
+        *("finish", "ready 1", f"begin {asked[2]}"),
+        "finish",
+    ]
+    assert [rollout.metrics["rollout_staleness"] for rollout in rollouts] == [(0.0, 4), (4.0, 4), (4.0, 4)]

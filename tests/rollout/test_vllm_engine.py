@@ -2,6 +2,9 @@
 
 import errno
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from itertools import chain, repeat
 from pathlib import Path
@@ -16,6 +19,7 @@ from padd_ds.rollout.generation import Sampling
 from padd_ds.rollout.vllm.engine import VllmRollout
 from padd_ds.rollout.vllm.exchange import WeightBoard
 from padd_ds.rollout.vllm.transport import ByFiles, Peers
+from tests.commands import REPOSITORY
 from tests.rollout.fake_vllm import END, FakeVllm
 
 PROMPTS = torch.tensor([[0, 5, 6], [7, 8, 9], [0, 0, 4]])
@@ -157,3 +161,49 @@ def test_weights_that_find_no_room_are_told_with_their_folder(
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=r"No space left on device.*set vllm\.exchange"):
         World(fake, tmp_path).rollout(0)
+
+
+def test_what_is_begun_is_drawn_from_the_weights_of_then(fake: FakeVllm, tmp_path: Path) -> None:
+    world = World(fake, tmp_path)
+    expected = world.rollout(0)
+    with world.engine.ready(1):
+        drawing = world.engine.begin(PROMPTS, MASK, 2, SAMPLING, SEEDS)
+    world.weight = 12.0
+    found = world.engine.finish(drawing, 2)
+    assert found.ids_BR.tolist() == expected.ids_BR.tolist()
+    assert found.versions_B is not None and found.versions_B.tolist() == [1] * 6
+    assert world.rollout(2).ids_BR[:, 0].tolist() == [12] * 6
+
+
+def test_what_a_server_fails_to_draw_ahead_is_drawn_from_the_weights_of_now(fake: FakeVllm, tmp_path: Path) -> None:
+    world = World(fake, tmp_path)
+    world.rollout(0)
+    with world.engine.ready(0):
+        fake.faults = ["die"]
+        drawing = world.engine.begin(PROMPTS, MASK, 2, SAMPLING, SEEDS)
+    world.weight = 12.0
+    found = world.engine.finish(drawing, 1)
+    assert fake.restarts == 1 and len(world.said) == 1
+    assert found.versions_B is not None and sorted(found.versions_B.tolist()) == [0] * 4 + [1] * 2
+    assert found.ids_BR[:, 0].tolist() == [11 + version for version in found.versions_B.tolist()]
+    assert found.ids_BR[:, 1].tolist() == [100, 101, 200, 201, 300, 301]
+
+
+@pytest.mark.slow
+def test_what_is_drawn_ahead_keeps_no_process_alive(fake: FakeVllm) -> None:
+    script = f"""
+import time
+import torch
+from padd_ds.config.sections import VllmConfig
+from padd_ds.rollout.generation import Sampling
+from padd_ds.rollout.vllm.engine import VllmRollout
+engine = VllmRollout(peers=None, transport=None, url={fake.url!r}, server=None, sleeps=False, end_token_ids=(2,),
+                     options=VllmConfig(answer_timeout_s=600.0), pad_token_id=0, say=print)
+engine._version = "0"
+engine.begin(torch.tensor([[5, 6]]), torch.ones(1, 2), 2, Sampling(max_new_tokens=5), [1])
+time.sleep(1)  # so that it is asked
+"""
+    fake.faults = [lambda told: time.sleep(600)]
+    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert fake.routes == ["/inference/v1/generate"]

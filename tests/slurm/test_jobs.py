@@ -109,12 +109,14 @@ def test_a_job_with_a_server_node_leaves_no_server_however_it_ends(tmp_path: Pat
         found = subprocess.run(["pgrep", "--full", f"fake_vllm.py.*{inputs}"], capture_output=True, text=True)
         return found.stdout.split()
 
+    options += ["rollout.max_staleness=1", "policy.importance_cap=2"]
     job = start("served", "files")
     wait_for_steps(tmp_path / "served", 2)
     (url,) = (tmp_path / "served-logs" / "servers.txt").read_text().split()
     Client(url, 5).end()
     wait_for(job, "COMPLETED")
     assert len(metrics(tmp_path / "served")) == STEPS and not servers()
+    assert max(step["rollout_staleness"] for step in metrics(tmp_path / "served")) == 1
     assert f"{url} ended and is started again" in (tmp_path / "served-logs" / "serve-0.log").read_text()
     assert "a rollout server is started again" in (tmp_path / "served-logs" / "rank-0.log").read_text()
     assert {path.name for path in (tmp_path / "served-logs").glob("rank-*")} == {"rank-0.log"}

@@ -4,9 +4,9 @@ Legend: P prompts of this rank, G responses per prompt, B = P * G, T prompt toke
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Protocol
 
 import torch
@@ -28,6 +28,18 @@ class Restartable(Protocol):
     def restart(self) -> None:
         """Wait until it is there again, with the weights that it started with; UserError if it does not come."""
         ...
+
+
+@dataclass(kw_only=True)
+class Drawing:
+    """Responses on their way: what was asked, and by the place of each prompt what has come and what is to come."""
+
+    requests: list[Request]
+    device: torch.device
+    answers: dict[int, list[Answer]] = field(default_factory=dict)
+    versions: dict[int, int] = field(default_factory=dict)
+    """Of the weights that made the answers."""
+    coming: "dict[int, AsyncResult[list[Answer]]]" = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -68,7 +80,6 @@ class VllmRollout:
         if self.sleeps:
             self._until_no_server_fails(self._sleep)
 
-    @torch.no_grad()
     def generate(
         self,
         prompt_ids_PT: torch.Tensor,
@@ -78,6 +89,39 @@ class VllmRollout:
         seeds: Sequence[int],
     ) -> Responses:
         """See RolloutEngine; each prompt's group is one request."""
+        drawing = self._drawing(prompt_ids_PT, prompt_mask_PT, group_size, sampling, seeds)
+        return self._whole(drawing)
+
+    def begin(
+        self,
+        prompt_ids_PT: torch.Tensor,
+        prompt_mask_PT: torch.Tensor,
+        group_size: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> Drawing:
+        """See DrawsAhead."""
+        drawing = self._drawing(prompt_ids_PT, prompt_mask_PT, group_size, sampling, seeds)
+        self._ask(drawing)
+        return drawing
+
+    def finish(self, drawing: Drawing, version: int) -> Responses:
+        """See DrawsAhead."""
+        faults = self._try(lambda: self._take(drawing))
+        if any(faults):
+            self._blame(faults)
+            self._version = str(version)
+            self.transport.publish()
+        return self._whole(drawing)
+
+    def _drawing(
+        self,
+        prompt_ids_PT: torch.Tensor,
+        prompt_mask_PT: torch.Tensor,
+        group_size: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> Drawing:
         requests = [
             Request(
                 token_ids=ids_T[mask_T.bool()].tolist(),
@@ -90,22 +134,44 @@ class VllmRollout:
             )
             for ids_T, mask_T, seed in zip(prompt_ids_PT, prompt_mask_PT, seeds, strict=True)
         ]
-        answers: dict[int, list[Answer]] = {}
-        self._until_no_server_fails(lambda: self._ask(requests, answers))
-        in_order = [answer for place in range(len(requests)) for answer in answers[place]]
-        return as_responses(in_order, self.pad_token_id, prompt_ids_PT.device)
+        return Drawing(requests=requests, device=prompt_ids_PT.device)
 
-    def _ask(self, requests: Sequence[Request], answers: dict[int, list[Answer]]) -> None:
-        """Fill in what `answers` lacks; ServerFault after all others were given the time to come."""
-        missing = [place for place in range(len(requests)) if place not in answers]
-        client, faults = self._client, []
-        with ThreadPoolExecutor(max_workers=max(min(len(missing), REQUESTS_AT_ONCE), 1)) as pool:
-            futures = {place: pool.submit(client.generate, requests[place], self._version) for place in missing}
-            for place, future in futures.items():
-                try:
-                    answers[place] = future.result()
-                except ServerFault as fault:
-                    faults.append(fault)
+    def _whole(self, drawing: Drawing) -> Responses:
+        """With what is still missing, on any rank. Collective."""
+
+        def ask_for_the_rest() -> None:
+            self._ask(drawing)
+            self._take(drawing)
+
+        places = range(len(drawing.requests))
+        if any(self.peers.gather(len(drawing.answers) < len(places))):
+            self._until_no_server_fails(ask_for_the_rest)
+        return as_responses(
+            [answer for place in places for answer in drawing.answers[place]],
+            [drawing.versions[place] for place in places for _ in drawing.answers[place]],
+            self.pad_token_id,
+            drawing.device,
+        )
+
+    def _ask(self, drawing: Drawing) -> None:
+        """Have what `drawing` lacks made by the weights of now, in threads that no exit waits for."""
+        missing = [place for place in range(len(drawing.requests)) if place not in drawing.answers]
+        if missing:
+            pool = ThreadPool(min(len(missing), REQUESTS_AT_ONCE))
+            asked = {place: (drawing.requests[place], self._version) for place in missing}
+            drawing.versions |= dict.fromkeys(missing, int(self._version))
+            drawing.coming = {place: pool.apply_async(self._client.generate, asked[place]) for place in missing}
+            pool.close()
+
+    def _take(self, drawing: Drawing) -> None:
+        """What was asked for last; ServerFault after all others were given the time to come."""
+        faults = []
+        for place, coming in drawing.coming.items():
+            try:
+                drawing.answers[place] = coming.get()
+            except ServerFault as fault:
+                faults.append(fault)
+        drawing.coming = {}
         if faults:
             raise faults[0]
 
@@ -150,21 +216,27 @@ class VllmRollout:
                     break
             else:
                 return
-            if self.server is not None:
-                self._fault = next(filter(None, (faults[rank] for rank in self.peers.neighbours)), None)
+            self._blame(faults)
         rank, fault = next((rank, fault) for rank, fault in enumerate(faults) if fault)
         raise RolloutFailed(
             f"rollout servers failed {self.options.max_restarts + 1} times in a row, at last that of rank {rank}: "
             f"{fault}; see the run's folder vllm, and vllm.max_restarts"
         )
 
+    def _blame(self, faults: Sequence[str | None]) -> None:
+        """This rank's own server, where one of the ranks that share it had a fault."""
+        if self.server is not None:
+            self._fault = next(filter(None, (faults[rank] for rank in self.peers.neighbours)), None)
+
     def _try(self, work: Callable[[], None]) -> list[str | None]:
         """What was wrong with the server of each rank, if anything. Collective."""
         return self.peers.gather(self.peers.together(lambda: fault_of(work)))
 
 
-def as_responses(answers: Sequence[Answer], pad_token_id: int, device: torch.device) -> Responses:
-    """The answers as tensors, right-padded to the longest."""
+def as_responses(
+    answers: Sequence[Answer], versions: Sequence[int], pad_token_id: int, device: torch.device
+) -> Responses:
+    """The answers and the versions of the weights that made them as tensors, right-padded to the longest."""
     width = max(len(answer.token_ids) for answer in answers)
     shape = (len(answers), width)
     ids_BR = torch.full(shape, pad_token_id)
@@ -180,4 +252,5 @@ def as_responses(answers: Sequence[Answer], pad_token_id: int, device: torch.dev
         mask_BR=mask_BR.to(device),
         ended_B=torch.tensor([answer.ended for answer in answers], device=device),
         logprobs_BR=logprobs_BR.to(device),
+        versions_B=torch.tensor(versions),
     )
