@@ -3,6 +3,7 @@
 Legend: B rows, N rows that come in, L tokens so far (left-padded), T tokens of a prompt, H heads, D of a head.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +23,11 @@ SEGMENT = 16
 def can_roll(model: Any) -> bool:
     """Whether rows can be taken out of the model's cache, and others put in behind padding.
 
-    Where all layers attend to all tokens; a window or a state of its own would have to be moved as well.
+    Where all layers attend to all tokens, and positions can be told: a window or a state of its own would have to be
+    moved as well.
     """
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return False
     layers = DynamicCache(config=model.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 

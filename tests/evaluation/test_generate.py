@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig
 
 from padd_ds.errors import UserError
 from padd_ds.evaluation.generate import GenerationOptions, generate_responses, read_response
@@ -77,16 +77,26 @@ def seen(forward, shapes):
     return noting
 
 
-def test_models_with_windows_take_whole_batches():
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+OTHERS = {
+    "windowed": MistralConfig(
+        **SIZES, num_key_value_heads=1, vocab_size=len(VOCABULARY), sliding_window=4, eos_token_id=1
+    ),
+    "without position ids": BloomConfig(
+        hidden_size=16, n_layer=2, n_head=2, vocab_size=len(VOCABULARY), eos_token_id=1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_whose_cache_is_not_cut_take_whole_batches(name):
     tokenizer = character_tokenizer()
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
-    config = MistralConfig(**sizes, num_key_value_heads=1, vocab_size=len(VOCABULARY), sliding_window=4, eos_token_id=1)
-    windowed = MistralForCausalLM(config).eval()
-    assert not can_roll(windowed)
-    responses = generate_responses(windowed, tokenizer, PROMPTS, options())
+    other = AutoModelForCausalLM.from_config(OTHERS[name]).eval()
+    assert not can_roll(other)
+    responses = generate_responses(other, tokenizer, PROMPTS, options())
     for prompt, response in zip(PROMPTS, responses, strict=True):
-        ids = one_at_a_time(windowed, tokenizer, prompt, 12)
+        ids = one_at_a_time(other, tokenizer, prompt, 12)
         assert response.text == tokenizer.decode(ids, skip_special_tokens=True)
 
 
