@@ -390,6 +390,8 @@ class LogConfig:
     never, and never at ZeRO stage 3, which knows whole backward passes only."""
     tensorboard: bool = True
     """Write tensorboard event files."""
+    report: bool = True
+    """Write report.html, a page with curves, heat maps, responses and configuration, when the last step is done."""
     wandb: str | None = None
     """Project of Weights & Biases that the metrics also go to; needs the package wandb, whose environment variables
     (WANDB_MODE=offline, WANDB_ENTITY) hold."""

@@ -2,7 +2,7 @@
 
 `config.yaml` (resolved), `environment.json` (versions, commit, ranks), `student/` (all of the student but its
 weights), `metrics.jsonl`, `samples.jsonl`, `routing/routing.jsonl`, `tensorboard/`, with log.wandb `wandb/` and
-`wandb_id`, `checkpoints/step_N/`, `dropped_questions.jsonl` if there are any.
+`wandb_id`, `checkpoints/step_N/`, `report.html` when all is done, `dropped_questions.jsonl` if there are any.
 """
 
 import json

@@ -11,6 +11,7 @@ import pytest
 from padd_ds.engine.ranks import Ranks
 from padd_ds.errors import EXIT_CODE_STOPPED
 from padd_ds.run.lock import run_lock
+from padd_ds.run.loop import REPORT
 from padd_ds.run.stop import STOPPED, StopRequest
 from padd_ds.stages import build
 from tests.ranks import run_ranks
@@ -53,6 +54,7 @@ def test_a_stopped_run_goes_on_as_the_undisturbed_one(tmp_path: Path) -> None:
     assert f"stopped by SIGTERM after step {done}, and saved" in told
     assert done < 20 and (tmp_path / "stopped" / "checkpoints" / f"step_{done}" / "manifest.json").exists()
     assert json.loads((tmp_path / "stopped" / STOPPED).read_text()) == {"signal": "SIGTERM", "step": done}
+    assert not (tmp_path / "stopped" / REPORT).exists()
     with run_lock(tmp_path / "stopped"):
         rival = start_training(inputs, steps, f"run_dir={tmp_path}/stopped", "--resume")
         _, refused = rival.communicate(timeout=120)
@@ -63,6 +65,8 @@ def test_a_stopped_run_goes_on_as_the_undisturbed_one(tmp_path: Path) -> None:
     assert whole.wait(timeout=120) == 0, whole.communicate()[1]
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     assert not (tmp_path / "stopped" / STOPPED).exists()
+    page = (tmp_path / "stopped" / REPORT).read_text()
+    assert page.startswith("<!doctype html>") and "<svg" in page and "updates_per_rollout" in page
 
 
 def train_signalled(ranks: Ranks, inputs: Path, number: int, while_at: str, *more: str) -> tuple[int, str, bool]:
