@@ -4,7 +4,7 @@ Legend: B rows of a batch, T tokens.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from padd_ds.data.batches import prompt_batch
 from padd_ds.errors import UserError
 from padd_ds.evaluation.rolling import SEGMENT, RollingBatch, can_roll
 from padd_ds.hf import end_token_ids
-from padd_ds.rollout.drawing import DrawByRow
+from padd_ds.rollout.drawing import DrawByRow, numbers_of
 from padd_ds.rollout.settings import callers_settings_alone
 from padd_ds.seeds import derive_seed
 
@@ -110,18 +110,21 @@ def _rolling(
 ) -> Iterator[dict[int, Response]]:
     """Finished responses, a batch that is always full as long as prompts wait."""
     config, longest = _settings(model, tokenizer), options.max_new_tokens
-    waiting = deque(order)
+    waiting, numbers = deque(order), dict[int, torch.Tensor]()
+    # Some places at once: prompts are read faster together, and answers judged.
+    some = max(options.batch_size // 8, 1)
 
-    def draw(rows: Sequence[int], made: Sequence[int]) -> DrawByRow:
-        row_seeds = [seeds[row] for row in rows]
-        return DrawByRow(row_seeds, options.max_new_tokens, options.temperature, options.top_p, made)
+    def draw(made: Mapping[int, int], n_steps: int) -> DrawByRow:
+        coming = [numbers[row][place : place + n_steps] for row, place in made.items()]
+        return DrawByRow(torch.stack(coming), options.temperature, options.top_p)
 
-    batch = RollingBatch(model, config, options.max_new_tokens, draw if options.temperature > 0 else None)
+    batch, done = RollingBatch(model, config, longest, draw if options.temperature > 0 else None), dict[int, Response]()
     while waiting or len(batch):
-        # Some places at once: prompts are read faster together.
         free = min(options.batch_size - len(batch), len(waiting))
-        if free and (free == len(waiting) or free >= options.batch_size // 8):
+        if free and (free == len(waiting) or free >= some):
             rows = [waiting.popleft() for _ in range(free)]
+            if options.temperature > 0:
+                numbers |= {row: numbers_of(seeds[row], longest) for row in rows}
             given = prompt_batch([prompts[row] for row in rows], tokenizer, max_prompt_length=2**31)
             batch.admit(rows, given["input_ids_BT"].to(model.device), given["attention_mask_BT"].to(model.device))
         read = {
@@ -129,10 +132,13 @@ def _rolling(
             for row, ids in batch.grow().items()
             if _may_be_done(ids, config.eos_token_id, tokenizer, options)
         }
-        done = {row: response for row, response in read.items() if response.ended or response.tokens == longest}
-        if done:
-            batch.drop(set(done))
+        ended = {row: response for row, response in read.items() if response.ended or response.tokens == longest}
+        if ended:
+            batch.drop(set(ended))
+            done |= ended
+        if len(done) >= some or (done and not len(batch)):
             yield done
+            done = {}
 
 
 def _may_be_done(ids: list[int], end_ids: Collection[int], tokenizer: Any, options: GenerationOptions) -> bool:
@@ -169,7 +175,8 @@ def _whole_batch(
     config.max_new_tokens, config.stop_strings = options.max_new_tokens, list(options.stop) or None
     draws = []
     if options.temperature > 0:
-        draws.append(DrawByRow(seeds, options.max_new_tokens, options.temperature, options.top_p))
+        numbers_BT = torch.stack([numbers_of(seed, options.max_new_tokens) for seed in seeds])
+        draws.append(DrawByRow(numbers_BT, options.temperature, options.top_p))
     with callers_settings_alone(model):
         ids_BT = model.generate(
             input_ids=batch["input_ids_BT"].to(model.device),

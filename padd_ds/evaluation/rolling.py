@@ -4,7 +4,7 @@ Legend: B rows, N rows that come in, L tokens so far (left-padded), T tokens of 
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ SEGMENT = 16
 def can_roll(model: Any) -> bool:
     """Whether rows can be taken out of the model's cache, and others put in behind padding.
 
-    Where all layers attend to all tokens, and positions can be told: a window or a state of its own would have to be
-    moved as well.
+    Where there is a cache, all layers attend to all tokens, and positions can be told: a window or a state of its own
+    would have to be moved as well.
     """
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+    if not {"position_ids", "past_key_values"} <= inspect.signature(model.base_model.forward).parameters.keys():
         return False
     layers = DynamicCache(config=model.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
@@ -35,9 +35,8 @@ def can_roll(model: Any) -> bool:
 class RollingBatch:
     """Responses in the making, each known by the number that its prompt came with.
 
-    The places of a batch are never more than the caller fills: memory is that of a batch of as many rows. `draw`
-    gives the processor that draws the next tokens of rows, from their numbers and the tokens that each has; None
-    takes the likeliest.
+    `draw` gives the processor that draws the next tokens, as many as its second argument says, of rows from the places
+    in their responses that its first one says; None takes the likeliest.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class RollingBatch:
         model: Any,
         config: GenerationConfig,
         max_new_tokens: int,
-        draw: Callable[[Sequence[int], Sequence[int]], DrawByRow] | None = None,
+        draw: Callable[[Mapping[int, int], int], DrawByRow] | None = None,
     ) -> None:
         self._model, self._config, self._max_new_tokens, self._draw = model, config, max_new_tokens, draw
         self._made: dict[int, list[int]] = {}
@@ -78,9 +77,9 @@ class RollingBatch:
 
         Rows that reach an end token on the way are padded behind it.
         """
-        lengths = [len(ids) for ids in self._made.values()]
-        n_steps = min(SEGMENT, self._max_new_tokens - max(lengths))
-        draws = [] if self._draw is None else [self._draw(list(self._made), lengths)]
+        lengths = {row: len(ids) for row, ids in self._made.items()}
+        n_steps = min(SEGMENT, self._max_new_tokens - max(lengths.values()))
+        draws = [] if self._draw is None else [self._draw(lengths, n_steps)]
         width = self._ids_BL.shape[1]
         self._config.max_new_tokens = n_steps
         with callers_settings_alone(self._model):
@@ -108,7 +107,7 @@ class RollingBatch:
         first = int(self._mask_BL[kept].argmax(dim=-1).min())
         self._ids_BL, self._mask_BL = self._ids_BL[kept, first:], self._mask_BL[kept, first:]
         for layer in self._cache.layers:
-            layer.keys, layer.values = layer.keys[kept][:, :, first:], layer.values[kept][:, :, first:]
+            layer.keys, layer.values = layer.keys[kept, :, first:], layer.values[kept, :, first:]
 
 
 def _stacked(above: torch.Tensor, below: torch.Tensor, *, dim: int, value: int = 0) -> torch.Tensor:

@@ -129,18 +129,19 @@ class Collector:
         )
 
     def _responses(self, step: int, asked: Asked) -> Responses:
-        if step in self._begun:
-            assert self.ahead is not None
-            responses = self.ahead.finish(self._begun.pop(step), step)
-        else:
+        if self.ahead is None:
             with self.engine.ready(step):
-                responses = self._generate(asked)
-        if self.ahead is not None and step + 1 < self.steps:
-            following = self._prompts(step + 1)
-            group_size, sampling = self.options.group_size, self._sampling
-            with self.ahead.ready(step):
+                return self._generate(asked)
+        begun = self._begun.pop(step, None)
+        responses = None if begun is None else self.ahead.finish(begun, step)
+        if responses is not None and step + 1 == self.steps:
+            return responses
+        with self.ahead.ready(step):
+            responses = responses or self._generate(asked)
+            if step + 1 < self.steps:
+                following = self._prompts(step + 1)
                 self._begun[step + 1] = self.ahead.begin(
-                    following.ids_PT, following.mask_PT, group_size, sampling, following.seeds
+                    following.ids_PT, following.mask_PT, self.options.group_size, self._sampling, following.seeds
                 )
         return responses
 

@@ -1,35 +1,26 @@
 """Drawing tokens by seeds of their own.
 
-Legend: B rows of a batch, T tokens so far, V vocabulary.
+Legend: B rows of a batch, T tokens to come, V vocabulary.
 """
-
-from collections.abc import Sequence
 
 import torch
 from transformers import LogitsProcessor
 
 
+def numbers_of(seed: int, count: int) -> torch.Tensor:
+    """The numbers that the tokens of a response are drawn by, one for each; [count], float64, from 0 to 1."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 class DrawByRow(LogitsProcessor):
     """Makes a drawn token the likeliest one, by each row's own numbers, whatever other rows stand in its batch.
 
-    For `generate` without sampling, as its last processor. One seed for each row; temperature above 0. `made`: the
-    tokens that each row has drawn before, 0 where they are left out; the longest goes on to `max_new_tokens` at most.
+    For `generate` without sampling, as its last processor; temperature above 0.
     """
 
-    def __init__(
-        self,
-        seeds: Sequence[int],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        made: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, numbers_BT: torch.Tensor, temperature: float, top_p: float = 1.0) -> None:
         self._temperature, self._top_p = temperature, top_p
-        made = made or [0] * len(seeds)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        rows = [torch.rand(max_new_tokens, generator=each, dtype=torch.float64) for each in generators]
-        n_steps = max_new_tokens - max(made, default=0)
-        self._steps = iter(torch.stack([row[skip : skip + n_steps] for row, skip in zip(rows, made, strict=True)], 1))
+        self._steps = iter(numbers_BT.T)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         probabilities_BV = (scores.float() / self._temperature).softmax(dim=-1).double()

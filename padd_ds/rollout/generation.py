@@ -13,7 +13,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from padd_ds.hf import prompt_cache
-from padd_ds.rollout.drawing import DrawByRow
+from padd_ds.rollout.drawing import DrawByRow, numbers_of
 from padd_ds.rollout.settings import callers_settings_alone
 
 
@@ -132,7 +132,8 @@ class HuggingFaceRollout:
         processors: list[LogitsProcessor] = [] if recorder is None else [recorder]
         if sampling.temperature > 0:
             row_seeds = [seed + place for seed in seeds for place in range(group_size)]
-            processors.append(DrawByRow(row_seeds, sampling.max_new_tokens, sampling.temperature, sampling.top_p))
+            numbers_BT = torch.stack([numbers_of(seed, sampling.max_new_tokens) for seed in row_seeds])
+            processors.append(DrawByRow(numbers_BT, sampling.temperature, sampling.top_p))
         with self.trace() if self.trace is not None else nullcontext() as passes, callers_settings_alone(self.model):
             cache = None
             if sampling.share_prefill:

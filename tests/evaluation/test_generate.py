@@ -1,13 +1,15 @@
 import functools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig
 
 from padd_ds.errors import UserError
+from padd_ds.evaluation import generate
 from padd_ds.evaluation.generate import GenerationOptions, generate_responses, read_response
-from padd_ds.evaluation.rolling import can_roll
+from padd_ds.evaluation.rolling import SEGMENT, can_roll
 from tests.data.characters import VOCABULARY, character_tokenizer
 from tests.tiny import tiny_student
 
@@ -64,6 +66,32 @@ def test_waiting_prompts_take_the_places_of_finished_responses(model, monkeypatc
     assert max(rows) == 6
     # Four batches, each as long as its longest response, would take 160 passes.
     assert len(rows) < 140
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_long_responses_are_drawn_as_in_one_batch(model, monkeypatch, batch_size):
+    tokenizer = character_tokenizer()
+    prompts = [f"{number}{text}" for number in range(2) for text in PROMPTS]
+    drawn = options(max_new_tokens=40, temperature=1.0, batch_size=batch_size)
+    rolled = generate_responses(model, tokenizer, prompts, drawn)
+    monkeypatch.setattr(generate, "can_roll", lambda _: False)
+    assert rolled == generate_responses(model, tokenizer, prompts, replace(drawn, batch_size=12))
+    assert len({response.tokens for response in rolled}) > 2
+
+
+@pytest.mark.parametrize("begins", [SEGMENT - 3, SEGMENT - 1, SEGMENT, 2 * SEGMENT - 2])
+def test_a_stop_text_across_the_border_of_segments_is_seen(model, begins):
+    tokenizer = character_tokenizer()
+    prompts = [f"{number}{text}" for number in range(4) for text in PROMPTS]
+    whole = {prompt: tokenizer.decode(one_at_a_time(model, tokenizer, prompt, 40)) for prompt in prompts}
+    prompt, text = next(
+        (prompt, text)
+        for prompt, text in whole.items()
+        if len(text) == 40 and text.index(text[begins : begins + 4]) == begins
+    )
+    stop = (text[begins : begins + 4],)
+    response = generate_responses(model, tokenizer, [prompt], options(max_new_tokens=40, stop=stop))[0]
+    assert (response.text, response.tokens, response.ended) == (text[:begins], begins + 4, True)
 
 
 def seen(forward, shapes):

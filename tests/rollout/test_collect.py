@@ -185,7 +185,7 @@ def test_the_next_rollout_is_drawn_with_the_weights_of_this_one() -> None:
     rollouts = [ahead.collect(step) for step in range(3)]
     asked = [rollout.samples[0]["question"] for rollout in rollouts]
     assert engine.told == [
-        *("ready 0", "generate", "ready 0", f"begin {asked[1]}"),
+        *("ready 0", "generate", f"begin {asked[1]}"),
         *("finish", "ready 1", f"begin {asked[2]}"),
         "finish",
     ]
