@@ -172,7 +172,8 @@ bench-scaling: $(READY)  ## tokens per second and bytes per token of 1 to 4 CPU 
 	$(BIN)/python tools/bench_scaling.py --folder bench/scaling
 
 bench-eval: $(READY)  ## MODEL=dir TEST=file SHOTS=file: GSM8K by padd-eval beside lm-eval, scores and speed (the extra [general])
-	@test -d "$(MODEL)" || { echo "error: MODEL must be a model's folder; TEST and SHOTS are GSM8K's test and training sets" >&2; exit 2; }
+	@test -d "$(MODEL)" -a -f "$(TEST)" -a -f "$(SHOTS)" || { \
+	    echo "error: MODEL must be a model's folder, TEST and SHOTS the files of GSM8K's test and training sets" >&2; exit 2; }
 	$(BIN)/python tools/bench_eval.py --model "$(MODEL)" --test "$(TEST)" --shots "$(SHOTS)" $(EVAL_ARGS)
 
 bench-infer: $(READY)  ## STUDENT=dir TEACHER=dir: prefill and decoding of the student beside its teacher, by batch size

@@ -80,6 +80,7 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> None:
     from padd_ds.run.boards import check_boards
     from padd_ds.run.folder import check_run_folder, keep_student_files, start_run_folder
     from padd_ds.run.loop import end_if_asked, train
+    from padd_ds.run.report import write_run_report
     from padd_ds.stages.build import open_stage, read_inputs
     from padd_ds.stages.materials import write_data_report
 
@@ -102,6 +103,8 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> None:
             keep = partial(keep_student_files, folder, model, inputs.tokenizer, source)
             together(lambda: keep() if ranks.is_main else None, ranks)
             train(stage, config, ranks, resumed, stop)
+        if ranks.is_main and config.log.report:
+            write_run_report(folder, say)
     finally:
         stop_ranks()
 

@@ -23,6 +23,7 @@ from padd_ds.data.answers import AnswerFormat
 from padd_ds.errors import UserError, run_cli
 from padd_ds.evaluation.generate import GenerationOptions, generate_responses
 from padd_ds.evaluation.intervals import wilson_interval
+from padd_ds.files import check_output_free, write_text_whole
 from padd_ds.hf import load_causal_lm, load_tokenizer
 from padd_ds.rollout.verify import AnswerChecker
 from tools.measuring import peak_mib, timed
@@ -54,10 +55,16 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU's")
     parser.add_argument("--output", type=Path, metavar="FILE", help="all responses and verdicts, as JSON")
+    parser.add_argument("--overwrite", action="store_true", help="replace it")
     arguments = parser.parse_args()
     for path in (arguments.test, arguments.shots):
         if not path.is_file():
             raise UserError(f"{path}: no such file; name GSM8K's files in JSON Lines")
+    for name in ("limit", "batch_size", "rounds"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    if arguments.output:
+        check_output_free(arguments.output, arguments.overwrite)
     harness = import_harness()
     device = torch.device(arguments.device)
     model = load_causal_lm(arguments.model, getattr(torch, arguments.dtype)).to(device).eval()
@@ -68,16 +75,16 @@ def main() -> None:
     options = GenerationOptions(max_new_tokens=MAX_NEW_TOKENS, batch_size=arguments.batch_size, stop=stop)
 
     seconds: dict[str, list[float]] = {"lm-eval": [], "padd-eval": []}
-    peaks = {}
+    peaks: dict[str, str] = {}
     for _ in range(arguments.rounds):
         reset_peak(device)
         theirs, taken_s = timed(lambda: lm.generate_until(requests), device)
         seconds["lm-eval"].append(taken_s)
-        peaks["lm-eval"] = peak_mib(device)
+        peaks["lm-eval"] = peak_of(device)
         reset_peak(device)
         ours, taken_s = timed(lambda: generate_responses(model, tokenizer, prompts, options), device)
         seconds["padd-eval"].append(taken_s)
-        peaks["padd-eval"] = peak_mib(device)
+        peaks["padd-eval"] = peak_of(device)
     texts = [response.text for response in ours]
     verdicts = judge(texts, [document["gold"] for document in documents])
     items = [
@@ -88,7 +95,7 @@ def main() -> None:
     print(f"\n{arguments.model}: {about}\n\n{report(items, seconds, peaks)}")
     if arguments.output:
         rows = [{"prompt": prompt} | vars(item) for prompt, item in zip(prompts, items, strict=True)]
-        arguments.output.write_text(json.dumps({"seconds": seconds, "items": rows}, indent=1), encoding="utf-8")
+        write_text_whole(arguments.output, json.dumps({"seconds": seconds, "items": rows}, indent=1))
 
 
 def import_harness() -> Any:
@@ -142,14 +149,14 @@ def judge(texts: Sequence[str], gold: Sequence[str]) -> list[tuple[bool, ...]]:
     return list(zip(*by_judge, strict=True))
 
 
-def report(items: Sequence[Item], seconds: dict[str, list[float]], peaks: dict[str, float]) -> str:
+def report(items: Sequence[Item], seconds: dict[str, list[float]], peaks: dict[str, str]) -> str:
     """Scores, what differs and speed, as a text."""
     lines = ["| | " + " | ".join(JUDGES) + " | seconds | peak MiB |", "|---|" + "---|" * (len(JUDGES) + 2)]
     verdicts = {"lm-eval": [i.their_verdicts for i in items], "padd-eval": [i.our_verdicts for i in items]}
     for name, rows in verdicts.items():
         scores = [share([row[place] for row in rows]) for place in range(len(JUDGES))]
         times = ", ".join(f"{one:.1f}" for one in seconds[name])
-        lines.append(f"| {name} | {' | '.join(scores)} | {times} | {peaks[name]:.0f} |")
+        lines.append(f"| {name} | {' | '.join(scores)} | {times} | {peaks[name]} |")
     ratios = [them / us for them, us in zip(seconds["lm-eval"], seconds["padd-eval"], strict=True)]
     lines.append(f"\npadd-eval answers {statistics.median(ratios):.2f} times as many problems per second")
     lines.append(f"({', '.join(f'{ratio:.2f}' for ratio in ratios)}).")
@@ -175,6 +182,11 @@ def reset_peak(device: torch.device) -> None:
     """So that the next peak is of what comes now; a CPU's cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_of(device: torch.device) -> str:
+    """Since the last reset."""
+    return f"{peak_mib(device):.0f}" if device.type == "cuda" else "-"
 
 
 def device_name(device: torch.device) -> str:

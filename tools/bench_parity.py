@@ -110,7 +110,7 @@ def write_run(folder: Path, run_dir: Path, stage: str, experts_over: int, zero_s
         # Digits are common in what a random model says, so that rewards differ within a group.
         "reward": {"answer_format": "pattern", "answer_pattern": r"(\d)", "format_weight": 1.0},
         "policy": {"updates_per_rollout": 2},
-        "log": {"gradients_every_steps": 0, "tensorboard": False},
+        "log": {"gradients_every_steps": 0, "tensorboard": False, "report": False},
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(run))

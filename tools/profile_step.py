@@ -2,8 +2,9 @@
 
 Takes steps of a run's configuration, of any stage, first by the clock and then under torch's profiler, whose times of
 operations are summed by kind: the CPU's where that computes, else the GPU's. The products of the step are then run
-alone, at the same shapes and in the same precision: their time over the step's is its model FLOPs utilisation against
-the rate of its own products.
+alone, at the same shapes (grouped ones as one of all their rows), in bf16 on a GPU and fp32 on a CPU: their time over
+the step's says how near it is to the rate at which the machine does them. All of the step's products count, those of
+the teacher, of scoring and of what is computed twice too; fused attention does not.
 """
 
 import argparse

@@ -52,13 +52,16 @@ def main() -> None:
     device = SCALES[arguments.scale].device
     runner = Runner(work=work, results=results, jobs=arguments.jobs, commit=commit(), device=device)
     end_on_sigterm()
+    if not arguments.page_only:
+        check_device(device, arguments.scale)
     if arguments.verify:
+        if device != "cpu":
+            raise UserError(f"--verify: on a GPU, as --scale {arguments.scale} needs, no run repeats to the last digit")
         if not arguments.only:
             raise UserError("--verify: say with --only which cells to make again")
         runner.verify(wanted, with_needs(wanted, cells))
         return
     if not arguments.page_only:
-        check_device(device, arguments.scale)
         runner.run(with_needs(wanted, cells))
     default_page = ROOT / "docs" / "results.md" if arguments.scale == "full" else results / "results.md"
     page = arguments.page or default_page

@@ -42,8 +42,8 @@ def start_ranks() -> Ranks:
     # DeepSpeed compiles this op at start-up although only its inference kernels use it. Without it no
     # compiler is needed, and no build that was killed can leave a lock on which the next run waits.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # On Hopper GPUs cuDNN's backward pass of masked attention gives NaN where the length is 64 more than a multiple of
-    # 128 (pytorch issue 196678, torch 2.11 to 2.13).
+    # On Hopper GPUs cuDNN's backward pass of masked attention can give NaN where the length is 64 more than a multiple
+    # of 128 (pytorch issue 196678, torch 2.11 to 2.13).
     torch.backends.cuda.enable_cudnn_sdp(False)
     _adopt_slurm_variables()
     if launched_rank() is None:

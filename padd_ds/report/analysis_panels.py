@@ -12,7 +12,7 @@ from padd_ds.report.html import Panel
 from padd_ds.report.numbers import MINUS, TIMES, readable
 from padd_ds.report.plots import curves, distribution, expert_map, layers_over_steps, pair_map
 from padd_ds.report.routing_panels import around_zero
-from padd_ds.report.source import Series
+from padd_ds.report.source import Series, distinct_names
 from padd_ds.report.svg import SERIES
 
 MAX_SUBJECTS, MAX_PAIR_MAPS = 12, 4
@@ -125,7 +125,7 @@ def _course_panels(routing: Values) -> list[Panel]:
     course = routing["over_training"]
     if not course:
         return []
-    names = [last_part(one["checkpoint"]) for one in course]
+    names = distinct_names([one["checkpoint"] for one in course])
     consistency_RL = np.array([one["consistency_by_layer"] for one in course])
     parts = [
         Panel(

@@ -11,10 +11,10 @@ from padd_ds.evaluation.paired import Difference
 from padd_ds.report.comparison_plots import Point, quality_by_group, quality_over_cost
 from padd_ds.report.differences import differing_table, flat, listed_table
 from padd_ds.report.html import NO_DATA, Panel, cut, document, folded, panel_grid, table
-from padd_ds.report.numbers import MINUS, readable, scaled
+from padd_ds.report.numbers import MINUS, UNKNOWN, readable, scaled
 from padd_ds.report.svg import SERIES
 
-UNKNOWN, MAX_QUESTIONS, MAX_GROUPS = "-", 5, 30
+MAX_QUESTIONS, MAX_GROUPS = 5, 30
 COSTS = {
     "active_parameters": "active parameters",
     "flops_per_token": "FLOPs per token",

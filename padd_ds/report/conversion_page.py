@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from padd_ds.report.html import Panel, document, panel_grid, table
-from padd_ds.report.numbers import MINUS, TIMES, readable, scaled
+from padd_ds.report.numbers import MINUS, TIMES, UNKNOWN, readable, scaled
 from padd_ds.report.plots import curves, expert_map
 from padd_ds.report.routing_panels import around_zero
 from padd_ds.report.source import Series
 
-UNKNOWN = "-"
 CURVES = (
     (
         "reconstruction_error",

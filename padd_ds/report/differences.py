@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from padd_ds.report.html import NO_DATA, cut, table
+from padd_ds.report.numbers import UNKNOWN
 
-UNKNOWN, MAX_CELL = "-", 80
+MAX_CELL = 80
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

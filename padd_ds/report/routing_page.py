@@ -14,6 +14,7 @@ from padd_ds.report.analysis_panels import last_part, routing_sections
 from padd_ds.report.html import document, folded, panel_grid, table
 from padd_ds.report.numbers import readable
 from padd_ds.report.panels import EXCESS
+from padd_ds.report.source import distinct_names
 
 Values = Mapping[str, Any]
 Row = list[str]
@@ -96,8 +97,9 @@ def _changes(routing: Values) -> list[Row]:
         rows.append(["Router shift since the other checkpoint", readable(headline["shift"])])
     if headline["flips"] is not None:
         rows.append(["Choices that it does not make", f"{100 * headline['flips']:.1f} %"])
-    for one in routing["over_training"]:
-        rows.append([f"Choices that {last_part(one['checkpoint'])} makes too", f"{100 * one['consistency']:.1f} %"])
+    course = routing["over_training"]
+    for one, name in zip(course, distinct_names([one["checkpoint"] for one in course]), strict=True):
+        rows.append([f"Choices that {name} makes too", f"{100 * one['consistency']:.1f} %"])
     if (clusters := routing["clusters"]) is not None:
         agreement, chance = f"{100 * clusters['agreement']:.1f} %", f"{100 * clusters['chance']:.1f} %"
         rows.append(["Choices among the teacher's most active clusters", agreement, "", chance])

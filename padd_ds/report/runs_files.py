@@ -31,8 +31,8 @@ def write_runs_files(folder: Path, runs: Sequence[RunData]) -> None:
 
 
 def _layers(run: RunData, record: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    n_layers = len(record["load_share"])
     values = {name: of for name, of in _lists(record).items() if not isinstance(of[0], list)}
+    n_layers = max(map(len, values.values()), default=0)
     for layer in range(n_layers):
         yield _place(run, record) | {"layer": layer} | {name: of[layer] for name, of in values.items()}
 

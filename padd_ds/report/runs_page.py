@@ -5,9 +5,9 @@ from html import escape
 
 from padd_ds.evaluation.comparison import Comparison
 from padd_ds.report.comparison_page import comparison_section
-from padd_ds.report.differences import UNKNOWN, differing_table, flat, listed_table
+from padd_ds.report.differences import differing_table, flat, listed_table
 from padd_ds.report.html import Panel, document, panel_grid, table
-from padd_ds.report.numbers import readable
+from padd_ds.report.numbers import UNKNOWN, readable
 from padd_ds.report.page import run_section, run_title
 from padd_ds.report.panels import CURVES, curve_panel, logged_seconds
 from padd_ds.report.source import RunData

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,14 +76,21 @@ class RunData:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """Run folders, named by as many of their last parts as tell them apart. UserError for one that is named twice."""
-    parts = [folder.resolve().parts for folder in folders]
-    if len(set(parts)) < len(parts):
+    """Run folders by their distinct names. UserError for one that is named twice."""
+    whole = [str(folder.resolve()) for folder in folders]
+    if len(set(whole)) < len(whole):
         raise UserError(f"a run is named twice among {', '.join(map(str, folders))}; name each once")
+    return [_read_run(folder, name) for folder, name in zip(folders, distinct_names(whole), strict=True)]
+
+
+def distinct_names(sources: Sequence[str]) -> list[str]:
+    """As many of the last parts of paths, or hub ids, as tell them apart; the same one twice has one name."""
+    parts = [[part for part in source.split("/") if part] for source in sources]
+    different = len({tuple(one) for one in parts})
     length = 1
-    while len({one[-length:] for one in parts}) < len(parts):
+    while len({tuple(one[-length:]) for one in parts}) < different:
         length += 1
-    return [_read_run(folder, "/".join(one[-length:])) for folder, one in zip(folders, parts, strict=True)]
+    return ["/".join(one[-length:]) for one in parts]
 
 
 def _read_run(folder: Path, name: str) -> RunData:
@@ -94,12 +101,26 @@ def _read_run(folder: Path, name: str) -> RunData:
     return RunData(
         name=name,
         folder=folder,
-        metrics=_json_lines(metrics),
-        routing=_json_lines(folder / "routing" / "routing.jsonl"),
-        samples=_json_lines(folder / "samples.jsonl"),
+        metrics=list(_json_lines(metrics)),
+        routing=_routing(folder / "routing" / "routing.jsonl"),
+        samples=list(_json_lines(folder / "samples.jsonl")),
         config=_text(folder / "config.yaml"),
         environment=_text(folder / "environment.json"),
     )
+
+
+def _routing(path: Path) -> list[dict[str, Any]]:
+    """Its records; what they tell by layer and expert only of the first and the last, as it grows with the run."""
+    records: list[dict[str, Any]] = []
+    for record in _json_lines(path):
+        if len(records) > 1:
+            records[-1] = {key: value for key, value in records[-1].items() if not _is_nested(value)}
+        records.append(record)
+    return records
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
 def _text(path: Path) -> str | None:
@@ -109,19 +130,24 @@ def _text(path: Path) -> str | None:
         raise UserError(f"{path}: is not UTF-8 ({error}); repair or remove it") from error
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    records = []
-    for number, line in enumerate((_text(path) or "").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); remove the line or resume the run") from error
-        if not isinstance(record, dict) or "step" not in record:
-            raise UserError(f'{path}, line {number}: not an object with a "step"; remove the line')
-        records.append(record)
-    return records
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number}: is not UTF-8 ({error}); repair or remove it") from error
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}: not JSON ({error}); remove the line or resume the run"
+                ) from error
+            if not isinstance(record, dict) or "step" not in record:
+                raise UserError(f'{path}, line {number}: not an object with a "step"; remove the line')
+            yield record
 
 
 def _parsed_yaml(path: Path, text: str) -> Any:

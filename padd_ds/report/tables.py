@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from padd_ds.report.numbers import scaled
+from padd_ds.report.numbers import UNKNOWN, scaled
 
-UNKNOWN = "-"
 _HEADER = (
     "model",
     "perplexity",

@@ -87,8 +87,8 @@ class Collector:
         group_size = self.options.group_size
         samples, metrics = _samples(problems, texts, rewards, group_size), _metrics(rewards, responses, group_size)
         failure_P = 1 - torch.tensor([reward.correct for reward in rewards]).view(-1, group_size).mean(dim=1)
-        if responses.versions_B is not None:
-            metrics["rollout_staleness"] = (float((step - responses.versions_B).sum()), len(rewards))
+        behind = 0.0 if responses.versions_B is None else float((step - responses.versions_B).sum())
+        metrics["rollout_staleness"] = (behind, len(rewards))
         if self.guidance is not None:
             responses, rewards, guided = self._guided(step, problems, responses, rewards)
             metrics["groups_guided"] = (float(guided), len(problems))

@@ -8,15 +8,11 @@ from pathlib import Path
 from padd_ds.config.schema import RunConfig
 from padd_ds.engine.checkpoint import Checkpoint, load_checkpoint, rotate_checkpoints, save_checkpoint
 from padd_ds.engine.ranks import Ranks, any_rank, together
-from padd_ds.files import DISK_FULL_HINT, disk_full_is_user_error, write_text_whole
-from padd_ds.report.runs_page import runs_page
-from padd_ds.report.source import read_runs
+from padd_ds.files import DISK_FULL_HINT, disk_full_is_user_error
 from padd_ds.run.boards import open_boards
 from padd_ds.run.folder import append_line, drop_lines_from
 from padd_ds.run.stop import STOPPED, StopRequest
 from padd_ds.stages.stage import Stage, StepReport
-
-REPORT = "report.html"
 
 SHOWN = ("loss_lm", "loss_kd", "loss_init", "loss_policy", "reward", "reward_correct", "load_max_violation")
 
@@ -45,17 +41,12 @@ def train(stage: Stage, config: RunConfig, ranks: Ranks, resume_from: Checkpoint
                 _checkpoint(stage, config, ranks, done)
             if stopping:
                 raise stop.carried_out(folder, done, ranks.is_main)
-    together(lambda: _report(folder) if ranks.is_main and config.log.report else None, ranks)
 
 
 def end_if_asked(stop: StopRequest, folder: Path, step: int, ranks: Ranks) -> None:
     """StoppedEarly on all ranks, `step` steps being saved, where `stop` was asked of one of them. Collective."""
     if any_rank(stop.signal_name is not None, ranks):
         raise stop.carried_out(folder, step, ranks.is_main)
-
-
-def _report(folder: Path) -> None:
-    write_text_whole(folder / REPORT, runs_page(read_runs([folder])))
 
 
 def _checkpoint(stage: Stage, config: RunConfig, ranks: Ranks, step: int) -> None:

@@ -163,7 +163,7 @@ def test_a_missing_metrics_file_is_named_and_nothing_is_written(tmp_path: Path) 
         ("metrics.jsonl", '{"step": 0}\n{"step": 1, "lo', r"metrics\.jsonl, line 2: not JSON"),
         ("samples.jsonl", "[1]\n", r"samples\.jsonl, line 1: not an object with a \"step\""),
         ("config.yaml", "stage: [\n", r"config\.yaml: not YAML"),
-        ("metrics.jsonl", '{"step": 0, "é": 1}\n', r"metrics\.jsonl: is not UTF-8"),
+        ("metrics.jsonl", '{"step": 0, "é": 1}\n', r"metrics\.jsonl, line 1: is not UTF-8"),
     ],
 )
 def test_a_broken_file_is_named_on_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:

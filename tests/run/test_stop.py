@@ -11,7 +11,7 @@ import pytest
 from padd_ds.engine.ranks import Ranks
 from padd_ds.errors import EXIT_CODE_STOPPED
 from padd_ds.run.lock import run_lock
-from padd_ds.run.loop import REPORT
+from padd_ds.run.report import REPORT, write_run_report
 from padd_ds.run.stop import STOPPED, StopRequest
 from padd_ds.stages import build
 from tests.ranks import run_ranks
@@ -67,6 +67,10 @@ def test_a_stopped_run_goes_on_as_the_undisturbed_one(tmp_path: Path) -> None:
     assert not (tmp_path / "stopped" / STOPPED).exists()
     page = (tmp_path / "stopped" / REPORT).read_text()
     assert page.startswith("<!doctype html>") and "<svg" in page and "updates_per_rollout" in page
+    told = []
+    (tmp_path / "stopped" / "metrics.jsonl").write_text("{")
+    write_run_report(tmp_path / "stopped", told.append)
+    assert len(told) == 1 and "metrics.jsonl, line 1: not JSON" in told[0]
 
 
 def train_signalled(ranks: Ranks, inputs: Path, number: int, while_at: str, *more: str) -> tuple[int, str, bool]:

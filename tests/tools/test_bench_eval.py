@@ -18,7 +18,7 @@ def test_both_places_of_an_answer_are_judged():
 def test_differences_are_listed_with_their_reason():
     same = Item(theirs=" 42", ours="42", their_verdicts=(True, True), our_verdicts=(True, False))
     other = Item(theirs="41", ours="42", their_verdicts=(False, False), our_verdicts=(False, True))
-    text = report([same, other], {"lm-eval": [6.0, 9.0], "padd-eval": [3.0, 3.0]}, {"lm-eval": 1.0, "padd-eval": 2.0})
+    text = report([same, other], {"lm-eval": [6.0, 9.0], "padd-eval": [3.0, 3.0]}, {"lm-eval": "1", "padd-eval": "2"})
     assert "| lm-eval | 1 of 2 (9.5 to 90.5 %) | 1 of 2 (9.5 to 90.5 %) | 6.0, 9.0 | 1 |" in text
     assert "2.50 times as many problems per second\n(2.00, 3.00)" in text
     assert text.splitlines()[-3:] == [
@@ -41,4 +41,12 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch):
     words = ["--model", "nowhere", "--test", str(tmp_path / "test.jsonl"), "--shots", str(tmp_path / "test.jsonl")]
     monkeypatch.setattr(sys, "argv", ["bench_eval.py", *words])
     with pytest.raises(UserError, match=r"test\.jsonl: no such file"):
+        bench_eval.main()
+
+
+def test_numbers_that_measure_nothing_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    words = ["--model", "nowhere", "--test", str(tmp_path / "rows.jsonl"), "--shots", str(tmp_path / "rows.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["bench_eval.py", *words, "--rounds", "0"])
+    with pytest.raises(UserError, match="--rounds 0 must be at least 1"):
         bench_eval.main()
