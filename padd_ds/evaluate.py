@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -224,7 +224,7 @@ def analyse(args: argparse.Namespace, problems: list[Problem], template: PromptT
     """Write the routing of the problems with their solutions to the output, and a page with its files beside it."""
     from padd_ds.evaluation.results import package_versions
     from padd_ds.evaluation.routing import Text
-    from padd_ds.evaluation.routing_analysis import analyse_routing, changes_since
+    from padd_ds.evaluation.routing_analysis import analyse_routing, changes_since, check_alike
     from padd_ds.report.routing_files import write_routing_files
     from padd_ds.report.routing_page import routing_page, routing_summary
 
@@ -254,22 +254,6 @@ def analyse(args: argparse.Namespace, problems: list[Problem], template: PromptT
     write_text_whole(page, text_of_page)
     write_text_whole(args.output, json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
     print(f"{args.model}\n{routing_summary(routing)}\nwritten to {args.output}, {page} and {files}/")
-
-
-def check_alike(source: str, others: Sequence[str]) -> None:
-    """UserError where a checkpoint has no routers, or another one not the same layers and experts."""
-    import torch
-
-    from padd_ds.evaluation.routers import find_routers
-    from padd_ds.hf import load_skeleton
-
-    def shape(one: str) -> list[tuple[int, int]]:
-        return [(router.layer, router.n_experts) for router in find_routers(load_skeleton(one, torch.bfloat16))]
-
-    expected = shape(source)
-    for other in others:
-        if shape(other) != expected:
-            raise UserError(f"{other} differs from {source} in layers or experts, so their routing cannot be compared")
 
 
 def load_like(source: str, model: Any) -> Any:

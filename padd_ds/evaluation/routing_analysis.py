@@ -4,16 +4,19 @@ Shapes: L layers, E experts, C subjects.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from padd_ds.errors import UserError
 from padd_ds.evaluation.clusters import TeacherClusters
 from padd_ds.evaluation.routers import find_routers, output_similarity
 from padd_ds.evaluation.routing import RoutingCounts, Text, count_routing, headline
 from padd_ds.evaluation.specialisation import RESAMPLES, SHUFFLES, specialisation
+from padd_ds.hf import load_skeleton
 from padd_ds.moe.load import dead_experts, load_share
 
 Values = dict[str, Any]
@@ -54,6 +57,21 @@ def analyse_routing(
         "shift": None if other is None else _shift(counts),
         "clusters": None if clusters is None else _clusters(counts),
     }
+
+
+def check_alike(source: str, others: Sequence[str]) -> None:
+    """UserError where a checkpoint (folder or hub id) has no routers, or another one not the same layers and experts.
+
+    Reads configurations alone, so that it can come before any work.
+    """
+
+    def shape(one: str) -> list[tuple[int, int]]:
+        return [(router.layer, router.n_experts) for router in find_routers(load_skeleton(one, torch.bfloat16))]
+
+    expected = shape(source)
+    for other in others:
+        if shape(other) != expected:
+            raise UserError(f"{other} differs from {source} in layers or experts, so their routing cannot be compared")
 
 
 @torch.inference_mode()

@@ -11,8 +11,9 @@ from padd_ds.errors import UserError
 from padd_ds.evaluation.clusters import TeacherClusters
 from padd_ds.evaluation.routers import find_routers
 from padd_ds.evaluation.routing import Text
-from padd_ds.evaluation.routing_analysis import analyse_routing, changes_since, coactivation
+from padd_ds.evaluation.routing_analysis import analyse_routing, changes_since, check_alike, coactivation
 from tests.evaluation.routed_models import FAMILIES, routed_model
+from tests.tiny import tiny_student
 from tools.tiny_model import make_tiny_model, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -158,3 +159,14 @@ def test_clusters_of_another_teacher_or_of_copies_are_refused():
         clusters(make_tiny_model(), layers=(0, 2))
     with pytest.raises(UserError, match="one cluster for every routed expert"):
         clusters(make_tiny_model(), n_experts=2)
+
+
+def test_checkpoints_that_cannot_be_compared_are_named_by_their_configurations(tmp_path):
+    for name, model in (("first", tiny_student()), ("more", tiny_student(n_experts=8)), ("dense", make_tiny_model())):
+        model.config.save_pretrained(tmp_path / name)
+    first, more, dense = (str(tmp_path / name) for name in ("first", "more", "dense"))
+    check_alike(first, [first])
+    with pytest.raises(UserError, match=r"more differs from .*first in layers or experts"):
+        check_alike(first, [first, more])
+    with pytest.raises(UserError, match="cannot be measured"):
+        check_alike(dense, [])
