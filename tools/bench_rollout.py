@@ -30,7 +30,7 @@ from padd_ds.engine.ranks import Ranks, barrier, start_ranks, stop_ranks
 from padd_ds.engine.student import build_student
 from padd_ds.errors import UserError, run_cli
 from padd_ds.hf import load_tokenizer, read_config
-from padd_ds.rollout.generation import RolloutEngine, Sampling
+from padd_ds.rollout.generation import Prompts, RolloutEngine, Sampling
 from padd_ds.rollout.settings import callers_settings_alone
 from padd_ds.rollout.vllm.server import check_installed
 from padd_ds.stages.rollouts import rollout_engine, rollout_servers
@@ -146,17 +146,16 @@ def measure(
         way()
         barrier()
 
-    mask_PT, seeds = torch.ones_like(prompts_PT), list(range(0, 1000 * len(prompts_PT), 1000))
-    sampling = Sampling(max_new_tokens=arguments.new_tokens)
+    seeds = range(0, 1000 * len(prompts_PT), 1000)
+    prompts = Prompts(ids_PT=prompts_PT, mask_PT=torch.ones_like(prompts_PT), seeds=seeds)
+    sampling = Sampling(group_size=arguments.group_size, max_new_tokens=arguments.new_tokens)
     ways: dict[str, Any] = {"transformers' generate": lambda: generate_plainly(plain, prompts_PT, arguments)}
-    ways["engine hf"] = lambda: engines["hf"].generate(prompts_PT, mask_PT, arguments.group_size, sampling, seeds)
+    ways["engine hf"] = lambda: engines["hf"].generate(prompts, sampling)
     raw = None
     if "vllm" in engines:
         raw = start_raw(arguments, prompts_PT, dtype, folder)
         ways["vllm.LLM"] = lambda: turn_of(raw)
-        ways["engine vllm"] = lambda: engines["vllm"].generate(
-            prompts_PT, mask_PT, arguments.group_size, sampling, seeds
-        )
+        ways["engine vllm"] = lambda: engines["vllm"].generate(prompts, sampling)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     updates_s: list[float] = []
     for turn in range(arguments.turns + 1):

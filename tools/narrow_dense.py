@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--keep", required=True, type=int, metavar="NEURONS", help="width of the new FFNs")
     parser.add_argument("--calibration", required=True, help="JSONL with question, solution, answer; part A is used")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     check_output_free(arguments.output, overwrite=False)
     model, tokenizer = load_causal_lm(arguments.teacher, torch.float32), load_tokenizer(arguments.teacher)
@@ -42,7 +43,9 @@ def main() -> None:
         tokenizer,
         model.config.max_position_embeddings,
     )
-    narrow(model, arguments.keep, batch["input_ids_BT"], batch["attention_mask_BT"])
+    model.to(arguments.device)
+    ids_BT, mask_BT = batch["input_ids_BT"].to(arguments.device), batch["attention_mask_BT"].to(arguments.device)
+    narrow(model, arguments.keep, ids_BT, mask_BT)
     with staged_directory(arguments.output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

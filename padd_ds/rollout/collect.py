@@ -14,7 +14,7 @@ from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import PromptTemplate, render
 from padd_ds.losses.advantage import group_advantages, groups_without_spread
 from padd_ds.rollout.batch import RolloutBatch
-from padd_ds.rollout.generation import DrawsAhead, Responses, RolloutEngine, Sampling, generate_in_batches
+from padd_ds.rollout.generation import DrawsAhead, Prompts, Responses, RolloutEngine, Sampling, generate_in_batches
 from padd_ds.rollout.guidance import Guidance, with_responses
 from padd_ds.rollout.rewards import Reward, RewardOptions, score_responses
 from padd_ds.rollout.verify import AnswerChecker
@@ -36,12 +36,10 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A rank's prompts of a rollout."""
+    """A rank's problems of a rollout, and as prompts."""
 
     problems: list[Problem]
-    ids_PT: torch.Tensor
-    mask_PT: torch.Tensor
-    seeds: list[int]
+    prompts: Prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +76,8 @@ class Collector:
 
         With `ahead` the responses of the next one are begun with the same weights, before this one is learnt from.
         """
-        asked = self._prompts(step)
-        problems, ids_PT, mask_PT = asked.problems, asked.ids_PT, asked.mask_PT
+        asked = self._asked(step)
+        problems, prompts = asked.problems, asked.prompts
         responses = self._responses(step, asked)
         texts = self._decode(responses)
         golds = [problem.answer for problem in problems for _ in range(self.options.group_size)]
@@ -101,8 +99,8 @@ class Collector:
             usable_P &= ~groups_without_spread(totals_PG)
         usable_B = usable_P.repeat_interleave(group_size).to(self.device)
         batch = RolloutBatch(
-            prompt_ids_BT=ids_PT.repeat_interleave(group_size, dim=0),
-            prompt_mask_BT=mask_PT.repeat_interleave(group_size, dim=0),
+            prompt_ids_BT=prompts.ids_PT.repeat_interleave(group_size, dim=0),
+            prompt_mask_BT=prompts.mask_PT.repeat_interleave(group_size, dim=0),
             response_ids_BR=responses.ids_BR,
             response_mask_BR=responses.mask_BR & usable_B[:, None],
             advantage_B=advantage_B,
@@ -114,35 +112,32 @@ class Collector:
             sample["advantage"] = float(advantage_B[index])
         return Rollout(batch=batch, metrics=metrics, samples=samples)
 
-    def _prompts(self, step: int) -> Asked:
+    def _asked(self, step: int) -> Asked:
         rows = batch_indices(step, self.options.prompts, len(self.problems), self.seed)
         problems = [self.problems[row] for row in rows[self.rank :: self.world]]
-        prompts = [render(self.template, problem, self.tokenizer) for problem in problems]
-        encoded = prompt_batch(prompts, self.tokenizer, self.max_prompt_tokens)
+        texts = [render(self.template, problem, self.tokenizer) for problem in problems]
+        encoded = prompt_batch(texts, self.tokenizer, self.max_prompt_tokens)
         # By the place in the whole rollout: responses are the same on any number of ranks.
         seeds = [derive_seed(self.seed, step, place) for place in range(len(rows))]
-        return Asked(
-            problems=problems,
+        prompts = Prompts(
             ids_PT=encoded["input_ids_BT"].to(self.device),
             mask_PT=encoded["attention_mask_BT"].to(self.device),
             seeds=seeds[self.rank :: self.world],
         )
+        return Asked(problems=problems, prompts=prompts)
 
     def _responses(self, step: int, asked: Asked) -> Responses:
         if self.ahead is None:
             with self.engine.ready(step):
-                return self._generate(asked)
+                return self._generate(asked.prompts)
         begun = self._begun.pop(step, None)
         responses = None if begun is None else self.ahead.finish(begun, step)
         if responses is not None and step + 1 == self.steps:
             return responses
         with self.ahead.ready(step):
-            responses = responses or self._generate(asked)
+            responses = responses or self._generate(asked.prompts)
             if step + 1 < self.steps:
-                following = self._prompts(step + 1)
-                self._begun[step + 1] = self.ahead.begin(
-                    following.ids_PT, following.mask_PT, self.options.group_size, self._sampling, following.seeds
-                )
+                self._begun[step + 1] = self.ahead.begin(self._asked(step + 1).prompts, self._sampling)
         return responses
 
     def _score(self, texts: list[str], golds: list[str], ended: list[bool]) -> list[Reward]:
@@ -177,20 +172,18 @@ class Collector:
     @property
     def _sampling(self) -> Sampling:
         return Sampling(
+            group_size=self.options.group_size,
             max_new_tokens=self.options.max_new_tokens,
             temperature=self.options.temperature,
             top_p=self.options.top_p,
             share_prefill=self.options.share_prefill,
         )
 
-    def _generate(self, asked: Asked) -> Responses:
-        group_size, sampling = self.options.group_size, self._sampling
+    def _generate(self, prompts: Prompts) -> Responses:
         return generate_in_batches(
-            lambda ids, mask, chunk: self.engine.generate(ids, mask, group_size, sampling, chunk),
-            asked.ids_PT,
-            asked.mask_PT,
-            asked.seeds,
-            self.options.prompts_per_batch or len(asked.ids_PT),
+            lambda part: self.engine.generate(part, self._sampling),
+            prompts,
+            self.options.prompts_per_batch or len(prompts.ids_PT),
             self.tokenizer.pad_token_id,
         )
 

@@ -21,12 +21,28 @@ from padd_ds.rollout.settings import callers_settings_alone
 class Sampling:
     """How responses are drawn."""
 
+    group_size: int = 1
+    """Responses to each prompt."""
     max_new_tokens: int
     temperature: float = 1.0
     """0 takes the likeliest token."""
     top_p: float = 1.0
     share_prefill: bool = True
     """Run each prompt once and copy its cache to its G responses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What responses are drawn to."""
+
+    ids_PT: torch.Tensor
+    mask_PT: torch.Tensor
+    seeds: Sequence[int]
+    """One for each prompt: a response is drawn by that of its prompt plus its place in the group, whatever stands
+    beside it."""
+
+    def __getitem__(self, rows: slice) -> "Prompts":
+        return Prompts(ids_PT=self.ids_PT[rows], mask_PT=self.mask_PT[rows], seeds=self.seeds[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,32 +71,15 @@ class RolloutEngine(Protocol):
         """Inside, `generate` draws from the weights as they are now, which get this number. Collective."""
         ...
 
-    def generate(
-        self,
-        prompt_ids_PT: torch.Tensor,
-        prompt_mask_PT: torch.Tensor,
-        group_size: int,
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> Responses:
-        """`group_size` responses to each prompt; called by all ranks with the same number of prompts.
-
-        A response is drawn by the seed of its prompt plus its place in the group, whatever stands beside it.
-        """
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Responses:
+        """Responses to each prompt; called by all ranks with the same number of prompts."""
         ...
 
 
 class DrawsAhead(RolloutEngine, Protocol):
     """An engine that can draw while the student is trained."""
 
-    def begin(
-        self,
-        prompt_ids_PT: torch.Tensor,
-        prompt_mask_PT: torch.Tensor,
-        group_size: int,
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> Any:
+    def begin(self, prompts: Prompts, sampling: Sampling) -> Any:
         """Start what `generate` does, inside `ready`, and return at once."""
         ...
 
@@ -112,15 +111,9 @@ class HuggingFaceRollout:
         return nullcontext()
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompt_ids_PT: torch.Tensor,
-        prompt_mask_PT: torch.Tensor,
-        group_size: int,
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> Responses:
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Responses:
         """See RolloutEngine."""
+        prompt_ids_PT, prompt_mask_PT, group_size = prompts.ids_PT, prompts.mask_PT, sampling.group_size
         if sampling.share_prefill:
             # Room for a cache of all tokens but the last, on every rank, whatever its own prompts are; `generate` runs
             # the last.
@@ -131,7 +124,7 @@ class HuggingFaceRollout:
         recorder = SampledLogprobs(sampling.temperature or 1.0) if self.keep_logprobs else None
         processors: list[LogitsProcessor] = [] if recorder is None else [recorder]
         if sampling.temperature > 0:
-            row_seeds = [seed + place for seed in seeds for place in range(group_size)]
+            row_seeds = [seed + place for seed in prompts.seeds for place in range(group_size)]
             numbers_BT = torch.stack([numbers_of(seed, sampling.max_new_tokens) for seed in row_seeds])
             processors.append(DrawByRow(numbers_BT, sampling.temperature, sampling.top_p))
         with self.trace() if self.trace is not None else nullcontext() as passes, callers_settings_alone(self.model):
@@ -211,17 +204,11 @@ def split_responses(ids_BR: torch.Tensor, end_token_ids: tuple[int, ...]) -> Res
 
 
 def generate_in_batches(
-    generate: Callable[[torch.Tensor, torch.Tensor, Sequence[int]], Responses],
-    ids_PT: torch.Tensor,
-    mask_PT: torch.Tensor,
-    seeds: Sequence[int],
-    prompts_per_batch: int,
-    pad_token_id: int,
+    generate: Callable[[Prompts], Responses], prompts: Prompts, prompts_per_batch: int, pad_token_id: int
 ) -> Responses:
     """`generate` on `prompts_per_batch` prompts at a time, joined and padded to the longest response."""
-    starts = range(0, len(ids_PT), prompts_per_batch)
-    chunks = [slice(start, start + prompts_per_batch) for start in starts]
-    parts = [generate(ids_PT[chunk], mask_PT[chunk], seeds[chunk]) for chunk in chunks]
+    starts = range(0, len(prompts.ids_PT), prompts_per_batch)
+    parts = [generate(prompts[start : start + prompts_per_batch]) for start in starts]
     width = max(part.ids_BR.shape[1] for part in parts)
     wide = [widened(part, width, pad_token_id) for part in parts]
 

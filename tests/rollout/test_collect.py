@@ -9,7 +9,7 @@ import torch
 from padd_ds.config.sections import RolloutConfig
 from padd_ds.data.prompts import PromptTemplate
 from padd_ds.rollout.collect import Collector
-from padd_ds.rollout.generation import Responses, Sampling
+from padd_ds.rollout.generation import Prompts, Responses, Sampling
 from padd_ds.rollout.rewards import RewardOptions
 from padd_ds.rollout.verify import Verdict
 from tests.world import problems
@@ -29,10 +29,8 @@ class ScriptedEngine:
     def ready(self, version: int) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def generate(
-        self, ids: torch.Tensor, mask: torch.Tensor, group_size: int, sampling: Sampling, seeds: list[int]
-    ) -> Responses:
-        self.calls.append(len(ids))
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Responses:
+        self.calls.append(len(prompts.ids_PT))
         rows = [TOKENIZER(text).input_ids + [TOKENIZER.eos_token_id] for text in self.texts]
         if self.cut is not None:
             rows[self.cut] = rows[self.cut][:-1]
@@ -166,13 +164,13 @@ class AheadEngine(ScriptedEngine):
         self.version = version
         return nullcontext()
 
-    def generate(self, *arguments: Any) -> Responses:
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Responses:
         self.told.append("generate")
-        return replace(super().generate(*arguments), versions_B=torch.full((4,), self.version))
+        return replace(super().generate(prompts, sampling), versions_B=torch.full((4,), self.version))
 
-    def begin(self, ids: torch.Tensor, *arguments: Any) -> Responses:
-        self.told.append(f"begin {TOKENIZER.decode(ids[0], skip_special_tokens=True)}")
-        return replace(super().generate(ids, *arguments), versions_B=torch.full((4,), self.version))
+    def begin(self, prompts: Prompts, sampling: Sampling) -> Responses:
+        self.told.append(f"begin {TOKENIZER.decode(prompts.ids_PT[0], skip_special_tokens=True)}")
+        return replace(super().generate(prompts, sampling), versions_B=torch.full((4,), self.version))
 
     def finish(self, drawing: Responses, version: int) -> Responses:
         self.told.append("finish")

@@ -1,6 +1,6 @@
 """Sampling: shared prefill, end tokens, ranks in step."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from padd_ds.losses.tokens import token_logprobs
 from padd_ds.rollout.batch import RolloutBatch, response_positions
 from padd_ds.rollout.generation import (
     HuggingFaceRollout,
+    Prompts,
     Responses,
     Sampling,
     assemble_routes,
@@ -24,7 +25,7 @@ from tests.world import joint_config, make_student
 
 PROMPTS = torch.tensor([[0, 0, 9, 7, 12], [5, 8, 30, 11, 4], [0, 0, 0, 0, 6]])
 MASK = (PROMPTS != 0).long()
-SEEDS = [0, 100, 200]
+ASKED = Prompts(ids_PT=PROMPTS, mask_PT=MASK, seeds=[0, 100, 200])
 END = (1,)
 
 
@@ -32,14 +33,14 @@ def rollout_engine(model: Any, ranks_in_step: bool = False) -> HuggingFaceRollou
     return HuggingFaceRollout(model=model, end_token_ids=END, pad_token_id=0, ranks_in_step=ranks_in_step)
 
 
-def greedy(share_prefill: bool, max_new_tokens: int = 8) -> Sampling:
-    return Sampling(max_new_tokens=max_new_tokens, temperature=0.0, share_prefill=share_prefill)
+def greedy(group_size: int, share_prefill: bool, max_new_tokens: int = 8) -> Sampling:
+    return Sampling(group_size=group_size, max_new_tokens=max_new_tokens, temperature=0.0, share_prefill=share_prefill)
 
 
 def test_a_shared_prefill_changes_nothing() -> None:
     engine = rollout_engine(tiny_student())
-    apart = engine.generate(PROMPTS, MASK, 2, greedy(False), SEEDS)
-    shared = engine.generate(PROMPTS, MASK, 2, greedy(True), SEEDS)
+    apart = engine.generate(ASKED, greedy(2, False))
+    shared = engine.generate(ASKED, greedy(2, True))
     assert torch.equal(apart.ids_BR, shared.ids_BR)
     assert torch.equal(apart.ids_BR[0::2], apart.ids_BR[1::2])
 
@@ -48,8 +49,8 @@ def test_a_shared_prefill_changes_nothing() -> None:
 def test_kept_logprobs_are_those_of_the_drawn_tokens(share_prefill: bool) -> None:
     model, temperature = tiny_student(), 0.7
     engine = HuggingFaceRollout(model=model, end_token_ids=END, pad_token_id=0, ranks_in_step=False, keep_logprobs=True)
-    sampling = Sampling(max_new_tokens=6, temperature=temperature, share_prefill=share_prefill)
-    responses = engine.generate(PROMPTS, MASK, 4, sampling, SEEDS)
+    sampling = Sampling(group_size=4, max_new_tokens=6, temperature=temperature, share_prefill=share_prefill)
+    responses = engine.generate(ASKED, sampling)
     ids_BT, mask_BT = PROMPTS.repeat_interleave(4, dim=0), MASK.repeat_interleave(4, dim=0)
     mask_BL = torch.cat([mask_BT, responses.mask_BR.long()], dim=1)
     with torch.no_grad():
@@ -63,19 +64,21 @@ def test_kept_logprobs_are_those_of_the_drawn_tokens(share_prefill: bool) -> Non
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 def test_a_response_is_its_seeds_whatever_stands_beside_it(top_p: float) -> None:
-    engine, sampling = rollout_engine(tiny_student()), Sampling(max_new_tokens=6, top_p=top_p)
-    together = engine.generate(PROMPTS, MASK, 3, sampling, SEEDS).ids_BR
-    for row, seed in enumerate(SEEDS):
+    engine, sampling = rollout_engine(tiny_student()), Sampling(group_size=3, max_new_tokens=6, top_p=top_p)
+    together = engine.generate(ASKED, sampling).ids_BR
+    for row, seed in enumerate(ASKED.seeds):
         for place in range(3):
-            alone = engine.generate(PROMPTS[row : row + 1], MASK[row : row + 1], 1, sampling, [seed + place]).ids_BR
+            one = replace(ASKED[row : row + 1], seeds=[seed + place])
+            alone = engine.generate(one, replace(sampling, group_size=1)).ids_BR
             length = alone.shape[1]
             assert together[3 * row + place, :length].tolist() == alone[0].tolist()
-    other = engine.generate(PROMPTS, MASK, 3, sampling, [seed + 1000 for seed in SEEDS]).ids_BR
+    other = engine.generate(replace(ASKED, seeds=[seed + 1000 for seed in ASKED.seeds]), sampling).ids_BR
     assert other.tolist() != together.tolist()
 
 
 def test_prompts_of_one_token_work() -> None:
-    responses = rollout_engine(tiny_student()).generate(PROMPTS[2:, 4:], MASK[2:, 4:], 3, greedy(True), [0])
+    one = Prompts(ids_PT=PROMPTS[2:, 4:], mask_PT=MASK[2:, 4:], seeds=[0])
+    responses = rollout_engine(tiny_student()).generate(one, greedy(3, True))
     assert responses.ids_BR.shape[0] == 3
 
 
@@ -83,8 +86,8 @@ def test_sampling_follows_the_distribution_at_the_temperature() -> None:
     """The first token of many samples against the model's own softmax."""
     model, temperature = tiny_student(), 2.0
     n = 4000
-    sampling = Sampling(max_new_tokens=1, temperature=temperature)
-    ids_BR = rollout_engine(model).generate(PROMPTS[1:2], MASK[1:2], n, sampling, [0]).ids_BR
+    sampling = Sampling(group_size=n, max_new_tokens=1, temperature=temperature)
+    ids_BR = rollout_engine(model).generate(ASKED[1:2], sampling).ids_BR
     with torch.no_grad():
         expected_V = (model(PROMPTS[1:2]).logits[0, -1] / temperature).softmax(-1)
     observed_V = torch.bincount(ids_BR[:, 0], minlength=64) / n
@@ -101,14 +104,14 @@ def test_a_response_reaches_to_its_first_end_token() -> None:
 def test_batches_are_joined_to_the_longest() -> None:
     lengths = iter([2, 3])
 
-    def fake(ids: torch.Tensor, mask: torch.Tensor, seeds: Sequence[int]) -> Responses:
-        assert len(seeds) == len(ids)
-        shape = (len(ids), next(lengths))
+    def fake(prompts: Prompts) -> Responses:
+        assert len(prompts.seeds) == len(prompts.ids_PT) == len(prompts.mask_PT)
+        shape = (len(prompts.seeds), next(lengths))
         return Responses(
-            ids_BR=torch.full(shape, 9), mask_BR=torch.ones(shape, dtype=torch.bool), ended_B=torch.ones(len(ids)) > 0
+            ids_BR=torch.full(shape, 9), mask_BR=torch.ones(shape, dtype=torch.bool), ended_B=torch.ones(shape[0]) > 0
         )
 
-    joined = generate_in_batches(fake, PROMPTS, MASK, SEEDS, 2, 0)
+    joined = generate_in_batches(fake, ASKED, 2, 0)
     assert joined.ids_BR.tolist() == [[9, 9, 0], [9, 9, 0], [9, 9, 9]]
     assert joined.mask_BR.sum(1).tolist() == [2, 2, 3]
 
@@ -173,11 +176,11 @@ def ragged(ranks: Ranks) -> list[list[int]]:
     )
     student.engine.eval()
     free = HuggingFaceRollout(model=student.model, end_token_ids=(63,), pad_token_id=0, ranks_in_step=True)
-    first = free.generate(PROMPTS, MASK, 1, greedy(True, 6), SEEDS).ids_BR
+    first = free.generate(ASKED, greedy(1, True, 6)).ids_BR
     # Rank 0 now ends where its first response began: with every first token an end token it stops at once.
     ends = tuple(set(first[:, 0].tolist())) if ranks.rank == 0 else (63,)
     ragged_engine = HuggingFaceRollout(model=student.model, end_token_ids=ends, pad_token_id=0, ranks_in_step=True)
-    responses = ragged_engine.generate(PROMPTS, MASK, 1, greedy(True, 6), SEEDS)
+    responses = ragged_engine.generate(ASKED, greedy(1, True, 6))
     return responses.mask_BR.sum(dim=1).tolist()
 
 

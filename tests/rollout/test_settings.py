@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from padd_ds.evaluation.generate import GenerationOptions, generate_responses
-from padd_ds.rollout.generation import HuggingFaceRollout, Sampling
+from padd_ds.rollout.generation import HuggingFaceRollout, Prompts, Sampling
 from padd_ds.rollout.settings import callers_settings_alone
 from tests.data.characters import VOCABULARY, character_tokenizer
 from tests.tiny import tiny_student
@@ -25,8 +25,8 @@ def student(wishes: dict[str, Any]) -> Any:
 def rollout(model: Any, temperature: float) -> torch.Tensor:
     engine = HuggingFaceRollout(model=model, end_token_ids=(1,), pad_token_id=0, ranks_in_step=False)
     prompts = torch.tensor([[0, 0, 9, 7, 12], [5, 8, 30, 11, 4]])
-    sampling = Sampling(max_new_tokens=12, temperature=temperature)
-    return engine.generate(prompts, (prompts != 0).long(), 4, sampling, [0, 100]).ids_BR
+    asked = Prompts(ids_PT=prompts, mask_PT=(prompts != 0).long(), seeds=[0, 100])
+    return engine.generate(asked, Sampling(group_size=4, max_new_tokens=12, temperature=temperature)).ids_BR
 
 
 @pytest.mark.parametrize("wishes", WISHES, ids=lambda wishes: next(iter(wishes)))

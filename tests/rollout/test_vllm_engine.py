@@ -15,7 +15,7 @@ import torch
 
 from padd_ds.config.sections import VllmConfig
 from padd_ds.errors import RolloutFailed, UserError
-from padd_ds.rollout.generation import Sampling
+from padd_ds.rollout.generation import Prompts, Sampling
 from padd_ds.rollout.vllm.engine import VllmRollout
 from padd_ds.rollout.vllm.exchange import WeightBoard
 from padd_ds.rollout.vllm.transport import ByFiles, Peers
@@ -23,9 +23,8 @@ from tests.commands import REPOSITORY
 from tests.rollout.fake_vllm import END, FakeVllm
 
 PROMPTS = torch.tensor([[0, 5, 6], [7, 8, 9], [0, 0, 4]])
-MASK = (PROMPTS != 0).long()
-SEEDS = [100, 200, 300]
-SAMPLING = Sampling(max_new_tokens=5)
+ASKED = Prompts(ids_PT=PROMPTS, mask_PT=(PROMPTS != 0).long(), seeds=[100, 200, 300])
+SAMPLING = Sampling(group_size=2, max_new_tokens=5)
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ class World:
 
     def rollout(self, version: int) -> Any:
         with self.engine.ready(version):
-            return self.engine.generate(PROMPTS, MASK, 2, SAMPLING, SEEDS)
+            return self.engine.generate(ASKED, SAMPLING)
 
 
 def test_responses_are_those_of_the_weights_as_they_are(fake: FakeVllm, tmp_path: Path) -> None:
@@ -167,7 +166,7 @@ def test_what_is_begun_is_drawn_from_the_weights_of_then(fake: FakeVllm, tmp_pat
     world = World(fake, tmp_path)
     expected = world.rollout(0)
     with world.engine.ready(1):
-        drawing = world.engine.begin(PROMPTS, MASK, 2, SAMPLING, SEEDS)
+        drawing = world.engine.begin(ASKED, SAMPLING)
     world.weight = 12.0
     found = world.engine.finish(drawing, 2)
     assert found.ids_BR.tolist() == expected.ids_BR.tolist()
@@ -180,7 +179,7 @@ def test_what_a_server_fails_to_draw_ahead_is_drawn_from_the_weights_of_now(fake
     world.rollout(0)
     with world.engine.ready(0):
         fake.faults = ["die"]
-        drawing = world.engine.begin(PROMPTS, MASK, 2, SAMPLING, SEEDS)
+        drawing = world.engine.begin(ASKED, SAMPLING)
     world.weight = 12.0
     found = world.engine.finish(drawing, 1)
     assert fake.restarts == 1 and len(world.said) == 1
@@ -195,12 +194,13 @@ def test_what_is_drawn_ahead_keeps_no_process_alive(fake: FakeVllm) -> None:
 import time
 import torch
 from padd_ds.config.sections import VllmConfig
-from padd_ds.rollout.generation import Sampling
+from padd_ds.rollout.generation import Prompts, Sampling
 from padd_ds.rollout.vllm.engine import VllmRollout
 engine = VllmRollout(peers=None, transport=None, url={fake.url!r}, server=None, sleeps=False, end_token_ids=(2,),
                      options=VllmConfig(answer_timeout_s=600.0), pad_token_id=0, say=print)
 engine._version = "0"
-engine.begin(torch.tensor([[5, 6]]), torch.ones(1, 2), 2, Sampling(max_new_tokens=5), [1])
+prompts = Prompts(ids_PT=torch.tensor([[5, 6]]), mask_PT=torch.ones(1, 2), seeds=[1])
+engine.begin(prompts, Sampling(group_size=2, max_new_tokens=5))
 time.sleep(1)  # so that it is asked
 """
     fake.faults = [lambda told: time.sleep(600)]

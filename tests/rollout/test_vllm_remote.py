@@ -14,7 +14,7 @@ from padd_ds.rollout.vllm.exchange import WeightFiles
 from padd_ds.rollout.vllm.remote import RemoteServer, listed_servers, places_of
 from padd_ds.rollout.vllm.transport import ByFiles, ByNetwork, Peers, Transport
 from tests.rollout.fake_vllm import CPU, END, FakeVllm
-from tests.rollout.test_vllm_engine import MASK, PROMPTS, SAMPLING, SEEDS
+from tests.rollout.test_vllm_engine import ASKED, SAMPLING
 
 PEERS = Peers(neighbours=(0,), exchanging=(0,), gather=lambda mine: [mine], together=lambda action: action())
 
@@ -66,7 +66,7 @@ class World:
     def first_tokens(self, version: int, weight: float) -> list[int]:
         self.layers["layer"] = {"w": torch.tensor([weight])}
         with self.engine.ready(version):
-            responses = self.engine.generate(PROMPTS, MASK, 2, SAMPLING, SEEDS)
+            responses = self.engine.generate(ASKED, SAMPLING)
         first: list[int] = responses.ids_BR[:, 0].tolist()
         return first
 
@@ -100,7 +100,7 @@ def test_a_server_that_was_started_again_already_is_not_ended(fakes: list[FakeVl
     world.first_tokens(0, 11.0)
     fakes[0].restart()
     with world.engine.ready(0):
-        assert world.engine.generate(PROMPTS, MASK, 2, SAMPLING, SEEDS).ids_BR[:, 0].tolist() == [11] * 6
+        assert world.engine.generate(ASKED, SAMPLING).ids_BR[:, 0].tolist() == [11] * 6
     assert fakes[0].restarts == 1 and "/padd/end" not in fakes[0].routes
 
 

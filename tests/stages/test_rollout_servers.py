@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from padd_ds.engine.ranks import Ranks
-from padd_ds.rollout.generation import Sampling
+from padd_ds.rollout.generation import Prompts, Sampling
 from padd_ds.stages.rollouts import rollout_engine, rollout_servers
 from tests.ranks import run_ranks
 from tests.rollout.fake_vllm import FakeVllm
@@ -19,15 +19,15 @@ def rollouts(ranks: Ranks, urls: list[str], transport: str, folder: str) -> list
         rollout={"engine": "vllm", "prompts": 2},
         vllm={"servers": urls, "transport": transport, "exchange": folder, "answer_timeout_s": 5},
     )
-    prompts, drawn = torch.tensor([[5, 6, 7 + ranks.rank]]), []
+    ids, drawn = torch.tensor([[5, 6, 7 + ranks.rank]]), []
+    prompts = Prompts(ids_PT=ids, mask_PT=torch.ones_like(ids), seeds=[100 * (ranks.rank + 1)])
     student = make_student(ranks, config, deepspeed_tree(2, 3))
     with rollout_servers(config, torch.float32, ranks) as servers:
         assert servers is not None and servers.url == urls[ranks.rank]
         engine = rollout_engine(config, student, make_tokenizer(), servers)
         for version in range(2):
             with engine.ready(version):
-                sampling = Sampling(max_new_tokens=5)
-                answers = engine.generate(prompts, torch.ones_like(prompts), 2, sampling, [100 * (ranks.rank + 1)])
+                answers = engine.generate(prompts, Sampling(group_size=2, max_new_tokens=5))
             drawn.append(answers.ids_BR[:, 1].tolist())
     return drawn
 

@@ -11,7 +11,7 @@ from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
 from padd_ds.hf import load_causal_lm, response_logits
 from padd_ds.losses.tokens import token_logprobs
-from padd_ds.rollout.generation import Responses, Sampling
+from padd_ds.rollout.generation import Prompts, Responses, Sampling
 from padd_ds.rollout.vllm.client import Client, Request
 from padd_ds.rollout.vllm.server import Server, ServerFault
 from padd_ds.stages.rollouts import RolloutServers, rollout_engine
@@ -22,9 +22,9 @@ from tools.tiny_model import make_tokenizer
 
 PROMPTS = torch.tensor([[0, 0, 9, 7, 12], [5, 8, 30, 11, 4], [0, 0, 0, 0, 6], [40, 41, 42, 43, 44]])
 MASK = (PROMPTS != 0).long()
-SEEDS = [10, 20, 30, 40]
-GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
-DRAWN = Sampling(max_new_tokens=12, temperature=0.9)
+ASKED = Prompts(ids_PT=PROMPTS, mask_PT=MASK, seeds=[10, 20, 30, 40])
+GREEDY = Sampling(group_size=2, max_new_tokens=12, temperature=0.0)
+DRAWN = Sampling(group_size=2, max_new_tokens=12, temperature=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +92,10 @@ def compared(ranks: Ranks, model: str, url: str, folder: str) -> dict[str, Any]:
     student, ours, theirs = engines(ranks, model, url, folder)
     found: dict[str, Any] = {}
     with theirs.ready(0):
-        greedy = [engine.generate(PROMPTS, MASK, 2, GREEDY, SEEDS) for engine in (ours, theirs)]
+        greedy = [engine.generate(ASKED, GREEDY) for engine in (ours, theirs)]
         found["greedy"] = [[row[kept].tolist() for row, kept in zip(r.ids_BR, r.mask_BR, strict=True)] for r in greedy]
-        drawn = theirs.generate(PROMPTS, MASK, 2, DRAWN, SEEDS)
-        again = theirs.generate(PROMPTS, MASK, 2, DRAWN, SEEDS)
+        drawn = theirs.generate(ASKED, DRAWN)
+        again = theirs.generate(ASKED, DRAWN)
         found["same again"] = torch.equal(drawn.ids_BR, again.ids_BR)
         found["before"] = apart(student, drawn)
     layer = student.layers[1]
@@ -113,7 +113,7 @@ def compared(ranks: Ranks, model: str, url: str, folder: str) -> dict[str, Any]:
             change()
         stale = apart(student, drawn)
         with theirs.ready(version):
-            drawn = theirs.generate(PROMPTS, MASK, 2, DRAWN, SEEDS)
+            drawn = theirs.generate(ASKED, DRAWN)
         found[what] = (stale, apart(student, drawn))
     return found
 
@@ -133,7 +133,7 @@ def spread(ranks: Ranks, model: str, url: str, folder: str, zero_stage: int) -> 
     found = []
     for version in (100, 101):
         with theirs.ready(version):
-            drawn = theirs.generate(PROMPTS, MASK, 2, DRAWN, SEEDS)
+            drawn = theirs.generate(ASKED, DRAWN)
         found.append(apart(student, drawn))
         with torch.no_grad():  # each rank's own experts
             student.layers[0].router.e_score_correction_bias.copy_(torch.tensor([5.0, 0.0, 5.0, 0.0]))

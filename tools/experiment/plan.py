@@ -158,6 +158,7 @@ class Plan:
         """The dense model of the student's active size, cut from the same teacher."""
         words = ["python", "tools/narrow_dense.py", "--teacher", model_of(f"seed{seed}/teacher")]
         words += ["--output", "{here}/model", "--keep", str(SHAPES[shape].dense_width)]
+        words += self.scale.task.narrow
         return Cell(
             name=f"seed{seed}/{shape}/dense/narrowed",
             commands=((*words, "--calibration", data_of(seed, "train")), self.evaluate(seed)),

@@ -54,6 +54,8 @@ class Task:
     in by name."""
     convert: tuple[str, ...]
     """Options of every conversion."""
+    narrow: tuple[str, ...] = ()
+    """Options of every cut of a dense model."""
     evaluate: tuple[str, ...]
     """Options of every evaluation."""
     dense_joint: tuple[str, ...] = ()
@@ -119,6 +121,7 @@ TASKS["smollm2-gpu"] = replace(
     TASKS["smollm2"],
     configs="smollm2_gpu",
     convert=(*TASKS["smollm2"].convert, "--device", "cuda"),
+    narrow=("--device", "cuda"),
     evaluate=(*_SUMS, "250", "--solution-field", "answer", "--samples", "2"),
     record=(*_SUMS, "250"),
 )
@@ -224,6 +227,7 @@ SCALES["smollm2-gpu"] = replace(
     responses=4,
     calibration_tokens=16384,
     dense=True,
+    train_problems=8000,
     test_problems=500,
 )
 

@@ -13,7 +13,7 @@ import torch
 
 from padd_ds.config.sections import VllmConfig
 from padd_ds.errors import RolloutFailed, UserError
-from padd_ds.rollout.generation import Responses, Sampling
+from padd_ds.rollout.generation import Prompts, Responses, Sampling
 from padd_ds.rollout.vllm.client import Answer, Client, Request
 from padd_ds.rollout.vllm.server import ServerFault, fault_of
 from padd_ds.rollout.vllm.transport import Peers, Transport
@@ -80,28 +80,13 @@ class VllmRollout:
         if self.sleeps:
             self._until_no_server_fails(self._sleep)
 
-    def generate(
-        self,
-        prompt_ids_PT: torch.Tensor,
-        prompt_mask_PT: torch.Tensor,
-        group_size: int,
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> Responses:
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Responses:
         """See RolloutEngine; each prompt's group is one request."""
-        drawing = self._drawing(prompt_ids_PT, prompt_mask_PT, group_size, sampling, seeds)
-        return self._whole(drawing)
+        return self._whole(self._drawing(prompts, sampling))
 
-    def begin(
-        self,
-        prompt_ids_PT: torch.Tensor,
-        prompt_mask_PT: torch.Tensor,
-        group_size: int,
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> Drawing:
+    def begin(self, prompts: Prompts, sampling: Sampling) -> Drawing:
         """See DrawsAhead."""
-        drawing = self._drawing(prompt_ids_PT, prompt_mask_PT, group_size, sampling, seeds)
+        drawing = self._drawing(prompts, sampling)
         self._ask(drawing)
         return drawing
 
@@ -114,27 +99,20 @@ class VllmRollout:
             self.transport.publish()
         return self._whole(drawing)
 
-    def _drawing(
-        self,
-        prompt_ids_PT: torch.Tensor,
-        prompt_mask_PT: torch.Tensor,
-        group_size: int,
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> Drawing:
+    def _drawing(self, prompts: Prompts, sampling: Sampling) -> Drawing:
         requests = [
             Request(
                 token_ids=ids_T[mask_T.bool()].tolist(),
-                n=group_size,
+                n=sampling.group_size,
                 seed=seed,
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 end_token_ids=self.end_token_ids,
             )
-            for ids_T, mask_T, seed in zip(prompt_ids_PT, prompt_mask_PT, seeds, strict=True)
+            for ids_T, mask_T, seed in zip(prompts.ids_PT, prompts.mask_PT, prompts.seeds, strict=True)
         ]
-        return Drawing(requests=requests, device=prompt_ids_PT.device)
+        return Drawing(requests=requests, device=prompts.ids_PT.device)
 
     def _whole(self, drawing: Drawing) -> Responses:
         """With what is still missing, on any rank. Collective."""
