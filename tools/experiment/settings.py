@@ -121,7 +121,7 @@ TASKS["smollm2-gpu"] = replace(
     TASKS["smollm2"],
     configs="smollm2_gpu",
     convert=(*TASKS["smollm2"].convert, "--device", "cuda"),
-    narrow=("--device", "cuda"),
+    narrow=("--solution-field", "answer", "--device", "cuda"),
     evaluate=(*_SUMS, "250", "--solution-field", "answer", "--samples", "2"),
     record=(*_SUMS, "250"),
 )
