@@ -1,4 +1,4 @@
-"""Make checkable problems with reasoning-gym, as JSON Lines of question, answer and subject.
+"""Make checkable problems with reasoning-gym, as JSON Lines of question, answer, subject and, if asked, solution.
 
 Example: make_problems.py --output train.jsonl --count 500 --question "What is {expression}?"
     chain_sum:subject=sum2,max_terms=2,max_digits=1
@@ -8,7 +8,7 @@ Several tasks take turns. The option `subject` names a task's problems (default:
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--question",
         default="{question}",
         metavar="TEXT",
-        help="{question}, or an entry of the task's metadata",
+        help="of {question}, {answer} and entries of the task's metadata (default %(default)s)",
     )
+    parser.add_argument("--solution", metavar="TEXT", help="a field solution, of the same (default: no such field)")
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="FILE", help="make no question that is in this file"
     )
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--count {args.count} must be at least 1")
     taken = {normalise_question(row["question"]) for file in args.exclude for row in read_rows(file)}
     streams = [entries(task, args.seed) for task in args.tasks]
-    problems = distinct(streams, args.question, args.count, taken)
+    texts = {"question": args.question} | ({} if args.solution is None else {"solution": args.solution})
+    problems = distinct(streams, texts, args.count, taken)
     write_text_whole(args.output, "".join(json.dumps(problem) + "\n" for problem in problems))
     print(f"wrote {len(problems)} problems to {args.output}")
 
@@ -72,35 +74,35 @@ def entries(task: str, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def distinct(
-    streams: list[Iterator[dict[str, Any]]], template: str, count: int, taken: set[str]
+    streams: list[Iterator[dict[str, Any]]], texts: Mapping[str, str], count: int, taken: set[str]
 ) -> list[dict[str, str]]:
     """`count` problems from the streams in turn, no question twice and none of `taken` (normalised text).
 
-    UserError if the streams run dry, that is if thousands of draws bring no new question.
+    `texts`: the fields that are filled in from an entry, the question among them. UserError if the streams run dry,
+    that is if thousands of draws bring no new question.
     """
     problems: list[dict[str, str]] = []
     seen, idle = set(taken), 0
     while len(problems) < count:
         entry = next(streams[len(problems) % len(streams)])
-        question = _question(entry, template)
-        normalised = normalise_question(question)
+        filled = {field: _filled(field, text, entry) for field, text in texts.items()}
+        normalised = normalise_question(filled["question"])
         idle = idle + 1 if normalised in seen else 0
         if idle == 0:
             seen.add(normalised)
-            answer = str(entry["answer"])
-            problems.append({"question": question, "answer": answer, "subject": entry["subject"]})
+            problems.append({**filled, "answer": str(entry["answer"]), "subject": entry["subject"]})
         elif idle >= _DRAWS_WITHOUT_NEWS:
             found = len(problems)
             raise UserError(f"only {found} distinct questions found; lower --count {count} or widen a task")
     return problems
 
 
-def _question(entry: dict[str, Any], template: str) -> str:
-    values = {"question": entry["question"], **entry["metadata"]}
+def _filled(option: str, text: str, entry: dict[str, Any]) -> str:
+    values = {"question": entry["question"], "answer": entry["answer"], **entry["metadata"]}
     try:
-        return template.format(**values)
+        return text.format(**values)
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"--question {template!r}: {error} is not one of {', '.join(values)}") from error
+        raise UserError(f"--{option} {text!r}: {error} is not one of {', '.join(values)}") from error
 
 
 def _option(task: str, item: str) -> tuple[str, Any]:

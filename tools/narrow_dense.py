@@ -28,10 +28,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="dense checkpoint")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--keep", required=True, type=int, metavar="NEURONS", help="width of the new FFNs")
-    parser.add_argument(
-        "--calibration", required=True, help="JSONL with question, answer and solutions; part A is used"
-    )
-    parser.add_argument("--solution-field", default="solution", help="of the calibration rows (default %(default)s)")
+    parser.add_argument("--calibration", required=True, help="JSONL with question, solution, answer; part A is used")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     check_output_free(arguments.output, overwrite=False)
@@ -39,9 +36,7 @@ def main() -> None:
     width = model.config.intermediate_size
     if not 1 <= arguments.keep <= width:
         raise UserError(f"--keep is {arguments.keep}; the teacher's FFNs have {width} neurons")
-    problems = split_problems(
-        map_rows(read_rows(arguments.calibration), FieldMap(solution=arguments.solution_field))
-    ).parts["A"]
+    problems = split_problems(map_rows(read_rows(arguments.calibration), FieldMap(solution="solution"))).parts["A"]
     batch = supervised_batch(
         [problem.question for problem in problems],
         [problem.solution or problem.answer for problem in problems],

@@ -47,6 +47,11 @@ def test_problems_are_distinct_right_and_reproducible(make):
     assert make(*arguments, output="again.jsonl") == rows
 
 
+def test_a_solution_is_filled_in_beside_the_question(make):
+    (row,) = make(SUMS, "--count", "1", "--question", "{expression}?", "--solution", "{expression} = {answer}")
+    assert row["solution"] == row["question"].removesuffix("?") + " = " + row["answer"]
+
+
 def test_excluded_questions_are_not_made(make, tmp_path):
     first = make(SUMS, "--count", "100")
     second = make(SUMS, "--count", "100", "--exclude", str(tmp_path / "out.jsonl"), output="b.jsonl")
@@ -62,6 +67,7 @@ def test_excluded_questions_are_not_made(make, tmp_path):
         (("chain_sum:max_term=2",), "max_term"),
         (("chain_sum:max_terms",), "is not option=value"),
         ((SUMS, "--question", "{formula}"), "'formula' is not one of question"),
+        ((SUMS, "--solution", "{formula}"), "--solution '{formula}': 'formula' is not one of question"),
         ((SUMS, "--count", "0"), "--count 0 must be at least 1"),
         ((SUMS, "--exclude", "./none.jsonl"), "no such file"),
     ],

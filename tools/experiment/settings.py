@@ -66,6 +66,7 @@ class Task:
 
 _MAKE_SUMS = (
     *("python", "tools/make_problems.py", "--question", "Calculate {expression} = ? Reply with the result only."),
+    *("--solution", "{expression} = {answer}"),
     "chain_sum:subject=sum2,min_terms=2,max_terms=2,min_digits=1,max_digits=2",
     "chain_sum:subject=sum3,min_terms=3,max_terms=3,min_digits=1,max_digits=1",
     "chain_sum:subject=sum3of2,min_terms=3,max_terms=3,min_digits=2,max_digits=2",
@@ -74,7 +75,7 @@ _MAKE_SUMS = (
 )
 _SUMS = (
     *("--answer-format", "last_number", "--template", "chat", "--subject-field", "subject"),
-    *("--max-new-tokens", "16", "--batch-size"),
+    *("--max-new-tokens", "24", "--batch-size"),
 )
 TASKS = {
     "arithmetic": Task(
@@ -109,10 +110,10 @@ TASKS = {
             ),
         ),
         convert=(
-            *("--calibration-part", "A", "--calibration-field", "question,answer", "--calibration-template", "chat"),
+            *("--calibration-part", "A", "--calibration-field", "question,solution", "--calibration-template", "chat"),
             "--even-load",
         ),
-        evaluate=(*_SUMS, "50", "--solution-field", "answer", "--samples", "2"),
+        evaluate=(*_SUMS, "50", "--solution-field", "solution", "--samples", "2"),
         record=(*_SUMS, "50"),
     ),
 }
@@ -121,8 +122,8 @@ TASKS["smollm2-gpu"] = replace(
     TASKS["smollm2"],
     configs="smollm2_gpu",
     convert=(*TASKS["smollm2"].convert, "--device", "cuda"),
-    narrow=("--solution-field", "answer", "--device", "cuda"),
-    evaluate=(*_SUMS, "250", "--solution-field", "answer", "--samples", "2"),
+    narrow=("--device", "cuda"),
+    evaluate=(*_SUMS, "250", "--solution-field", "solution", "--samples", "2"),
     record=(*_SUMS, "250"),
 )
 """The latter on a GPU, with larger batches."""
@@ -341,10 +342,11 @@ TUNED: dict[str, dict[str, tuple[str, ...]]] = {
     "three-quarters": _taken(sft=2, warmed_up=0, dense_grpo=1, vanilla_grpo=1, gspo=1, rspo=0, online_kd=3, padd=0),
     "smollm2": {
         "sft": ("optimizer.learning_rate=1e-4",),
-        "warmed-up": ("optimizer.learning_rate=1e-4", "warmup.kd_weight=2"),
+        "warmed-up": ("optimizer.learning_rate=1e-4", "warmup.kd_weight=0.1"),
         "vanilla-grpo": ("optimizer.learning_rate=2e-5",),
         "dense-grpo": ("optimizer.learning_rate=2e-5",),
-        "padd": ("optimizer.learning_rate=2e-5", "distillation.weight=0.5", f"{_GAMMA}=0.01"),
+        "padd": ("optimizer.learning_rate=2e-5", "distillation.weight=0.1", f"{_GAMMA}=0.01"),
     },
 }
-"""What of it every row has, by the shape that it was tried on; for SmolLM2 nothing was searched."""
+"""What of it every row has, by the shape that it was tried on; for SmolLM2 nothing was searched, and its teacher,
+which is wrong more often than right, has little weight."""
