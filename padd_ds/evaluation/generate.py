@@ -88,9 +88,9 @@ def generate_batches(
     """
     lengths = _lengths(prompts, tokenizer)
     order = sorted(range(len(prompts)), key=lambda row: -lengths[row])
-    made = _rolling if can_roll(model) else _batch_after_batch
+    work = _Work(model=model, tokenizer=tokenizer, prompts=prompts, options=options, seeds=seeds)
     with progress_bar(len(prompts), show_progress) as progress:
-        for responses in made(model, tokenizer, prompts, order, options, seeds):
+        for responses in work.rolling(order) if can_roll(model) else work.batch_after_batch(order):
             yield responses
             progress.update(len(responses))
 
@@ -100,45 +100,91 @@ def progress_bar(total: int, shown: bool) -> Any:
     return tqdm(total=total, desc="responses", unit="response", dynamic_ncols=True, disable=not shown)
 
 
-def _rolling(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    order: Sequence[int],
-    options: GenerationOptions,
-    seeds: Sequence[int],
-) -> Iterator[dict[int, Response]]:
-    """Finished responses, a batch that is always full as long as prompts wait."""
-    config, longest = _settings(model, tokenizer), options.max_new_tokens
-    waiting, numbers = deque(order), dict[int, torch.Tensor]()
-    # Some places at once: prompts are read faster together, and answers judged.
-    some = max(options.batch_size // 8, 1)
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """Prompts and how they are answered; `order` says in which order their rows are taken."""
 
-    def draw(made: Mapping[int, int], n_steps: int) -> DrawByRow:
-        coming = [numbers[row][place : place + n_steps] for row, place in made.items()]
-        return DrawByRow(torch.stack(coming), options.temperature, options.top_p)
+    model: Any
+    tokenizer: Any
+    prompts: Sequence[str]
+    options: GenerationOptions
+    seeds: Sequence[int]
 
-    batch, done = RollingBatch(model, config, longest, draw if options.temperature > 0 else None), dict[int, Response]()
-    while waiting or len(batch):
-        free = min(options.batch_size - len(batch), len(waiting))
-        if free and (free == len(waiting) or free >= some):
-            rows = [waiting.popleft() for _ in range(free)]
-            if options.temperature > 0:
-                numbers |= {row: numbers_of(seeds[row], longest) for row in rows}
-            given = prompt_batch([prompts[row] for row in rows], tokenizer, max_prompt_length=2**31)
-            batch.admit(rows, given["input_ids_BT"].to(model.device), given["attention_mask_BT"].to(model.device))
-        read = {
-            row: read_response(ids, config.eos_token_id, tokenizer, options)
-            for row, ids in batch.grow().items()
-            if _may_be_done(ids, config.eos_token_id, tokenizer, options)
-        }
-        ended = {row: response for row, response in read.items() if response.ended or response.tokens == longest}
-        if ended:
-            batch.drop(set(ended))
-            done |= ended
-        if len(done) >= some or (done and not len(batch)):
-            yield done
-            done = {}
+    def rolling(self, order: Sequence[int]) -> Iterator[dict[int, Response]]:
+        """Finished responses, a batch that is always full as long as prompts wait."""
+        options, longest, end_ids = self.options, self.options.max_new_tokens, self._end_ids
+        waiting, numbers = deque(order), dict[int, torch.Tensor]()
+        # Some places at once: prompts are read faster together, and answers judged.
+        some = max(options.batch_size // 8, 1)
+
+        def draw(made: Mapping[int, int], n_steps: int) -> DrawByRow:
+            coming = [numbers[row][place : place + n_steps] for row, place in made.items()]
+            return DrawByRow(torch.stack(coming), options.temperature, options.top_p)
+
+        batch = RollingBatch(self.model, self._settings(), longest, draw if options.temperature > 0 else None)
+        done: dict[int, Response] = {}
+        while waiting or len(batch):
+            free = min(options.batch_size - len(batch), len(waiting))
+            if free and (free == len(waiting) or free >= some):
+                rows = [waiting.popleft() for _ in range(free)]
+                if options.temperature > 0:
+                    numbers |= {row: numbers_of(self.seeds[row], longest) for row in rows}
+                batch.admit(rows, *self._encoded(rows))
+            read = {
+                row: read_response(ids, end_ids, self.tokenizer, options)
+                for row, ids in batch.grow().items()
+                if _may_be_done(ids, end_ids, self.tokenizer, options)
+            }
+            ended = {row: response for row, response in read.items() if response.ended or response.tokens == longest}
+            if ended:
+                batch.drop(set(ended))
+                done |= ended
+            if len(done) >= some or (done and not len(batch)):
+                yield done
+                done = {}
+
+    def batch_after_batch(self, order: Sequence[int]) -> Iterator[dict[int, Response]]:
+        """The responses of each batch when all of it are done."""
+        for start in range(0, len(order), self.options.batch_size):
+            rows = order[start : start + self.options.batch_size]
+            yield dict(zip(rows, self._whole_batch(rows), strict=True))
+
+    @torch.inference_mode()
+    def _whole_batch(self, rows: Sequence[int]) -> list[Response]:
+        options, config = self.options, self._settings()
+        config.max_new_tokens, config.stop_strings = options.max_new_tokens, list(options.stop) or None
+        draws = []
+        if options.temperature > 0:
+            numbers_BT = torch.stack([numbers_of(self.seeds[row], options.max_new_tokens) for row in rows])
+            draws.append(DrawByRow(numbers_BT, options.temperature, options.top_p))
+        ids_BT, mask_BT = self._encoded(rows)
+        with callers_settings_alone(self.model):
+            sequences_BT = self.model.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                generation_config=config,
+                tokenizer=self.tokenizer if options.stop else None,
+                logits_processor=LogitsProcessorList(draws),
+            )
+        responses = sequences_BT[:, ids_BT.shape[1] :].tolist()
+        return [read_response(ids, self._end_ids, self.tokenizer, options) for ids in responses]
+
+    def _encoded(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of their prompts, left-padded."""
+        batch = prompt_batch([self.prompts[row] for row in rows], self.tokenizer, max_prompt_length=2**31)
+        return batch["input_ids_BT"].to(self.model.device), batch["attention_mask_BT"].to(self.model.device)
+
+    @property
+    def _end_ids(self) -> list[int]:
+        return end_token_ids(self.model, self.tokenizer)
+
+    def _settings(self) -> GenerationConfig:
+        return GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self._end_ids,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
 
 
 def _may_be_done(ids: list[int], end_ids: Collection[int], tokenizer: Any, options: GenerationOptions) -> bool:
@@ -150,52 +196,6 @@ def _may_be_done(ids: list[int], end_ids: Collection[int], tokenizer: Any, optio
     # A stop text may have begun before them; no character takes more tokens than its four bytes.
     tail = tokenizer.decode(ids[-SEGMENT - 4 * max(map(len, options.stop)) :], skip_special_tokens=True)
     return any(stop in tail for stop in options.stop)
-
-
-def _batch_after_batch(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    order: Sequence[int],
-    options: GenerationOptions,
-    seeds: Sequence[int],
-) -> Iterator[dict[int, Response]]:
-    for start in range(0, len(order), options.batch_size):
-        rows = order[start : start + options.batch_size]
-        texts, row_seeds = [prompts[row] for row in rows], [seeds[row] for row in rows]
-        yield dict(zip(rows, _whole_batch(model, tokenizer, texts, options, row_seeds), strict=True))
-
-
-@torch.inference_mode()
-def _whole_batch(
-    model: Any, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int]
-) -> list[Response]:
-    batch = prompt_batch(prompts, tokenizer, max_prompt_length=2**31)
-    config = _settings(model, tokenizer)
-    config.max_new_tokens, config.stop_strings = options.max_new_tokens, list(options.stop) or None
-    draws = []
-    if options.temperature > 0:
-        numbers_BT = torch.stack([numbers_of(seed, options.max_new_tokens) for seed in seeds])
-        draws.append(DrawByRow(numbers_BT, options.temperature, options.top_p))
-    with callers_settings_alone(model):
-        ids_BT = model.generate(
-            input_ids=batch["input_ids_BT"].to(model.device),
-            attention_mask=batch["attention_mask_BT"].to(model.device),
-            generation_config=config,
-            tokenizer=tokenizer if options.stop else None,
-            logits_processor=LogitsProcessorList(draws),
-        )
-    width = batch["input_ids_BT"].shape[1]
-    return [read_response(ids, config.eos_token_id, tokenizer, options) for ids in ids_BT[:, width:].tolist()]
-
-
-def _settings(model: Any, tokenizer: Any) -> GenerationConfig:
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=end_token_ids(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 def read_response(ids: list[int], end_ids: Collection[int], tokenizer: Any, options: GenerationOptions) -> Response:
