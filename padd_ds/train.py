@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> None:
     # Imported late: --help and a wrong key should not wait for torch.
     from padd_ds.engine.checkpoint import last_whole_checkpoint
     from padd_ds.engine.ranks import any_rank, start_ranks, stop_ranks, together
-    from padd_ds.run.boards import check_boards
+    from padd_ds.run.boards import check_boards, log_in
     from padd_ds.run.folder import check_run_folder, keep_student_files, start_run_folder
     from padd_ds.run.loop import end_if_asked, train
     from padd_ds.run.report import write_run_report
@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> None:
             resume = arguments.resume or (arguments.resume_or_start and any_rank(folder.is_dir(), ranks))
             together(lambda: check_run_folder(folder, resume), ranks)
             together(lambda: check_boards(config), ranks)
+            together(lambda: log_in(config) if ranks.is_main else None, ranks)
             inputs = together(lambda: read_inputs(config, ranks.world), ranks)
             together(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main else None, ranks)
             resumed = last_whole_checkpoint(folder, ranks, arguments.skip_damaged, say) if resume else None

@@ -47,6 +47,10 @@ def main() -> None:
         raise UserError("--batch-sizes and --prompt-tokens must be at least 1, --new-tokens and --rounds at least 2")
     names = [arguments.only] if arguments.only else ["teacher", "student"]
     models = {name: load(getattr(arguments, name), arguments.device, arguments.dtype)[0] for name in names}
+    for name, model in models.items():
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and arguments.prompt_tokens + arguments.new_tokens > limit:
+            raise UserError(f"the {name} has {limit} positions; lower --prompt-tokens or --new-tokens")
     if arguments.only:
         time_batch(models[arguments.only], max(arguments.batch_sizes), arguments.prompt_tokens, arguments.new_tokens)
         print(json.dumps(peak_mib(models[arguments.only].device)))

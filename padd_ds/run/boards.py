@@ -1,8 +1,8 @@
 """Where a run's metrics go beside its own files: tensorboard, and Weights & Biases where that is asked for."""
 
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +26,29 @@ def check_boards(config: RunConfig) -> None:
         raise UserError(
             f"log.wandb={config.log.wandb}: wandb is not installed; run pip install wandb, or leave the key out"
         )
+
+
+def log_in(config: RunConfig) -> None:
+    """Where metrics go to wandb, its login, which asks for a key on a terminal; UserError where there is none."""
+    if config.log.wandb is not None:
+        import wandb
+
+        with _told(config.log.wandb):
+            wandb.login()
+
+
+@contextmanager
+def _told(project: str) -> Iterator[None]:
+    """wandb's own errors as one line."""
+    import wandb
+
+    try:
+        yield
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"log.wandb={project}: wandb does not start ({' '.join(str(error).split())}); run wandb login, or set "
+            "WANDB_MODE=offline"
+        ) from error
 
 
 def open_boards(folder: Path, config: RunConfig, start: int, stack: ExitStack) -> list[Board]:
@@ -57,7 +80,7 @@ def _wandb(folder: Path, config: RunConfig, project: str, stack: ExitStack) -> B
     known_as = folder / WANDB_ID
     if not known_as.exists():
         write_text_whole(known_as, secrets.token_hex(8) + "\n")
-    try:
+    with _told(project):
         run = wandb.init(
             project=project,
             name=folder.absolute().name,
@@ -66,11 +89,6 @@ def _wandb(folder: Path, config: RunConfig, project: str, stack: ExitStack) -> B
             dir=str(folder),
             config=yaml.safe_load(as_yaml(config)),
         )
-    except wandb.errors.Error as error:
-        raise UserError(
-            f"log.wandb={project}: wandb does not start ({' '.join(str(error).split())}); run wandb login, or set "
-            "WANDB_MODE=offline"
-        ) from error
     stack.enter_context(run)
     # A resumed run does again what follows its checkpoint, and wandb's own steps only grow.
     run.define_metric("*", step_metric="step")

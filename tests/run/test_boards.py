@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from padd_ds.config.sections import LogConfig
 from padd_ds.errors import UserError
 from padd_ds.run import boards
-from padd_ds.run.boards import check_boards, open_boards
+from padd_ds.run.boards import check_boards, log_in, open_boards
 from tests.world import joint_config
 
 
@@ -31,6 +31,10 @@ class StandIn(ModuleType):
             raise self.fails
         self.started.append(given)
         return self
+
+    def login(self) -> None:
+        if self.fails:
+            raise self.fails
 
     def define_metric(self, name: str, step_metric: str) -> None:
         assert (name, step_metric) == ("*", "step")
@@ -80,6 +84,13 @@ def test_wandb_that_does_not_start_is_told_in_one_line(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "wandb", StandIn(fails=StandIn.errors.Error("no\nkey")))
     with pytest.raises(UserError, match=r"log\.wandb=moe: wandb does not start \(no key\); .*WANDB_MODE=offline"):
         train(tmp_path, 0, wandb="moe", tensorboard=False)
+
+
+def test_a_missing_login_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(fails=StandIn.errors.Error("No API key configured.")))
+    log_in(config())
+    with pytest.raises(UserError, match=r"log\.wandb=moe: wandb does not start \(No API key .*run wandb login"):
+        log_in(config(wandb="moe"))
 
 
 def test_wandb_that_is_not_there_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,12 @@ def test_the_process_of_one_model_tells_its_peak_memory(command, capsys):
     assert float(capsys.readouterr().out) > 50
 
 
+def test_more_tokens_than_positions_are_refused(command):
+    command("--prompt-tokens", "100000")
+    with pytest.raises(UserError, match=r"the teacher has .* positions; lower --prompt-tokens or --new-tokens"):
+        bench_infer.main()
+
+
 def test_too_few_rounds_are_refused(command):
     command("--rounds", "1")
     with pytest.raises(UserError, match="at least 2"):
