@@ -3,6 +3,9 @@
 The same random student, batch and loss in one process, the update by torch's fused AdamW included; variants take their
 steps in turn, and each is compared with the same turn of the fastest Hugging Face one. Model FLOPs utilisation is
 against the rate of one large matrix product, measured in the same run. With several --experts, a table for each.
+
+With --config, steps of that warm-up in place of it, by the losses and batches of training itself, the teacher left
+out; transformers' class takes the same problems in the order in which they are drawn, padded, by its own loss.
 """
 
 import argparse
@@ -10,8 +13,9 @@ import gc
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +27,18 @@ import torch
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM
 
+from padd_ds.config.load import load_run_config
 from padd_ds.config.schema import RunConfig
+from padd_ds.data.batches import SupervisedBatch
 from padd_ds.engine.ranks import Ranks, start_ranks, stop_ranks
 from padd_ds.engine.student import build_student
 from padd_ds.errors import UserError, run_cli
 from padd_ds.hf import read_config
 from padd_ds.planning.compute import forward_flops
 from padd_ds.planning.shape import shape_of
+from padd_ds.stages.build import Inputs, open_stage, read_inputs
+from padd_ds.stages.materials import TrainingData
+from padd_ds.stages.supervision import ProblemSupervision
 from padd_ds.train import quiet_libraries
 from tools.bench_plan import ON_CPU, ON_GPU, prepare
 from tools.measuring import timed
@@ -44,6 +53,8 @@ SHAPES = {
 }
 LEARNING_RATE = 1e-5
 Step = Callable[[torch.Tensor], None]
+Backward = Callable[[Any], None]
+"""Adds a batch's gradients to a model."""
 
 
 def main() -> None:
@@ -53,6 +64,8 @@ def main() -> None:
     parser.add_argument(
         "--experts", type=int, nargs="+", default=[16], help="routed experts of a layer, at equal active and total size"
     )
+    parser.add_argument("--config", type=Path, help="run file of a warm-up on problems, as of padd_ds/train.py")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of --config")
     parser.add_argument("--steps", type=int, default=6, help="of every variant, one more first (default %(default)s)")
     parser.add_argument("--only", nargs="+", choices=(*HUGGING_FACE, *OURS), default=["grouped_mm", *OURS])
     arguments = parser.parse_args()
@@ -61,12 +74,17 @@ def main() -> None:
     on_gpu = ranks.device.type == "cuda"
     rows, tokens = arguments.rows or (8 if on_gpu else 4), arguments.tokens or (1024 if on_gpu else 128)
     rate = gemm_rate(ranks.device)
-    for n_experts in arguments.experts:
-        shape = with_experts(SHAPES[ranks.device.type], n_experts)
-        compare(shape, arguments, ranks, rows, tokens, rate)
+    if arguments.config is not None:
+        compare_as_trained(arguments, ranks, rate)
+        what = f"a warm-up of {arguments.config}"
+    else:
+        for n_experts in arguments.experts:
+            shape = with_experts(SHAPES[ranks.device.type], n_experts)
+            compare(shape, arguments, ranks, rows, tokens, rate)
+        what = f"{rows} rows of {tokens} tokens"
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     product = f"a matrix product {rate / 1e12:.3g} TFLOP/s"
-    print(f"\n{rows} rows of {tokens} tokens; {where}, torch {torch.__version__}, {product}")
+    print(f"\n{what}; {where}, torch {torch.__version__}, {product}")
     stop_ranks()
 
 
@@ -90,41 +108,124 @@ def compare(
         folder = Path(scratch)
         prepare(folder, shape, ON_GPU if on_gpu else ON_CPU)
         model = shape_of(read_config(str(folder / "student")), "the student")
-        seconds: dict[str, list[float]] = {name: [] for name in arguments.only}
-        # Models of a GPU's size do not stand in it beside each other.
-        for together in [[name] for name in arguments.only] if on_gpu else [arguments.only]:
-            with ExitStack() as stack:
-                steps = {
-                    name: stack.enter_context(step_of(name, folder / "student", ranks, rows, on_gpu))
-                    for name in together
-                }
-                for turn in range(arguments.steps + 1):
-                    for name, step in steps.items():
-                        taken_s = timed(partial(step, batch_BT), ranks.device)[1]
-                        if turn > 0:
-                            seconds[name].append(taken_s)
-                del steps, step
-            gc.collect()
-            if on_gpu:
-                torch.cuda.empty_cache()
+        seconds = take_turns(
+            arguments.only,
+            lambda name: step_of(name, folder / "student", ranks, rows, on_gpu),
+            [batch_BT] * (arguments.steps + 1),
+            ranks.device,
+        )
     flops = 3 * forward_flops(model, rows * tokens, tokens, rows * tokens)
     print(f"{model.parameters / 1e9:.2f}e9 parameters, {model.active_parameters / 1e9:.2f}e9 active; {shape}\n")
     print(table(seconds, rows * tokens, flops, rate), flush=True)
 
 
+def take_turns(
+    names: Sequence[str],
+    opened: Callable[[str], AbstractContextManager[Callable[[Any], Any]]],
+    batches: Sequence[Any],
+    device: torch.device,
+) -> dict[str, list[float]]:
+    """Seconds of every variant's steps on the batches but the first, which warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    # Models of a GPU's size do not stand in it beside each other.
+    for together in [[name] for name in names] if device.type == "cuda" else [names]:
+        with ExitStack() as stack:
+            steps = {name: stack.enter_context(opened(name)) for name in together}
+            for turn, batch in enumerate(batches):
+                for name, step in steps.items():
+                    taken_s = timed(partial(step, batch), device)[1]
+                    if turn > 0:
+                        seconds[name].append(taken_s)
+            del steps, step
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return seconds
+
+
+def compare_as_trained(arguments: argparse.Namespace, ranks: Ranks, rate: float) -> None:
+    """Print the table of a warm-up's own steps."""
+    with tempfile.TemporaryDirectory() as scratch:
+        alone = ["model.teacher=null", "warmup.kd_weight=0", "warmup.init_weight=0", f"run_dir={scratch}/run"]
+
+        def inputs_of(*overrides: str) -> Inputs:
+            config = load_run_config(arguments.config, [*arguments.overrides, *alone, *overrides])
+            if config.stage != "warmup" or config.reads_corpora:
+                raise UserError(f"{arguments.config}: must be a warm-up on problems, without corpora")
+            return read_inputs(config, ranks.world)
+
+        def opened(name: str) -> AbstractContextManager[Callable[[int], Any]]:
+            if name in HUGGING_FACE:
+                return plain_warmup(name, inputs, ranks)
+            expert_compute, zero_stage = OURS[name]
+            return our_warmup(inputs_of(f"model.expert_compute={expert_compute}"), zero_stage, ranks)
+
+        inputs = inputs_of()
+        seconds = take_turns(arguments.only, opened, range(arguments.steps + 1), ranks.device)
+        batches = [batch for step in range(1, arguments.steps + 1) for batch in drawn_batches(inputs, step)]
+    tokens = sum(int(batch["attention_mask_BT"].sum()) for batch in batches)
+    learnt = sum(int(batch["target_mask_BR"].sum()) for batch in batches)
+    rows = sum(len(batch["input_ids_BT"]) for batch in batches)
+    padded = sum(batch["input_ids_BT"].numel() for batch in batches)
+    model = shape_of(read_config(inputs.config.model.student), "the student")
+    flops = 3 * forward_flops(model, tokens, tokens / rows, learnt) / arguments.steps
+    print(
+        f"{rows / arguments.steps:.0f} rows a step, {tokens / rows:.0f} tokens a row, {learnt / rows:.0f} to be learnt;"
+    )
+    print(f"in the order drawn {100 * (1 - tokens / padded):.0f} % of what transformers' class reads is padding\n")
+    print(table(seconds, tokens // arguments.steps, flops, rate), flush=True)
+
+
+def drawn_batches(inputs: Inputs, step: int) -> list[SupervisedBatch]:
+    """The micro-batches of a step, of its problems in the order in which they are drawn."""
+    assert isinstance(inputs.data, TrainingData)
+    supervision = ProblemSupervision(problems=inputs.data.problems, tokenizer=inputs.tokenizer, config=inputs.config)
+    rows = supervision.drawn(step, rank=0, world=1)
+    size = inputs.config.micro_batch_size
+    return [supervision.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+@contextmanager
+def plain_warmup(name: str, inputs: Inputs, ranks: Ranks) -> Iterator[Callable[[int], None]]:
+    """Steps by transformers' own class and loss."""
+    on_gpu = ranks.device.type == "cuda"
+    with plain_model(name, Path(inputs.config.model.student), ranks, on_gpu) as update:
+
+        def backward(step: int, model: Any) -> None:
+            batches = drawn_batches(inputs, step)
+            learnt = sum(int(batch["target_mask_BR"].sum()) for batch in batches)
+            for batch in batches:
+                ids_BT = batch["input_ids_BT"].to(ranks.device)
+                labels_BT = torch.full_like(ids_BT, -100)
+                n_targets = batch["target_ids_BR"].shape[1]
+                labels_BT[:, -n_targets:] = (
+                    batch["target_ids_BR"].masked_fill(~batch["target_mask_BR"], -100).to(ids_BT)
+                )
+                mask_BT = batch["attention_mask_BT"].to(ranks.device)
+                given = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+                model(**given, num_items_in_batch=learnt, use_cache=False).loss.backward()
+
+        yield lambda step: update(partial(backward, step))
+
+
+@contextmanager
+def our_warmup(inputs: Inputs, zero_stage: int, ranks: Ranks) -> Iterator[Callable[[int], Any]]:
+    """Steps of training itself."""
+    tree = {**inputs.deepspeed_tree, "zero_optimization": {"stage": zero_stage}}
+    with open_stage(replace(inputs, deepspeed_tree=tree), ranks) as stage:
+        yield stage.step
+        stage.student.engine.destroy()
+
+
 @contextmanager
 def step_of(name: str, student: Path, ranks: Any, rows: int, on_gpu: bool) -> Iterator[Step]:
     """A training step of that name; its model goes with the block."""
+    if name in HUGGING_FACE:
+        with plain_model(name, student, ranks, on_gpu) as update:
+            yield lambda batch_BT: update(lambda model: loss_of(model, batch_BT).backward())
+        return
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype)
-    if name in HUGGING_FACE:
-        model.set_experts_implementation(name)
-        model.to(ranks.device)
-        # As DeepSpeed's bf16 optimizer keeps them: fp32 weights, moments and update.
-        masters = [parameter.detach().float() for parameter in model.parameters()]
-        optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, fused=True)
-        yield lambda batch_BT: plain_step(model, masters, optimizer, batch_BT)
-        return
     expert_compute, zero_stage = OURS[name]
     unused = {"run_dir": "unused", "deepspeed": "unused", "data": {"source": "unused"}, "steps": 1000}
     settings = {
@@ -154,19 +255,32 @@ def step_of(name: str, student: Path, ranks: Any, rows: int, on_gpu: bool) -> It
     ours.engine.destroy()
 
 
-def plain_step(
-    model: Any, masters: list[torch.Tensor], optimizer: torch.optim.Optimizer, batch_BT: torch.Tensor
-) -> None:
-    model.train()
-    loss_of(model, batch_BT).backward()
-    for master, parameter in zip(masters, model.parameters(), strict=True):
-        master.grad, parameter.grad = parameter.grad.float(), None
-    torch.nn.utils.clip_grad_norm_(masters, 1.0)
-    optimizer.step()
-    with torch.no_grad():
+@contextmanager
+def plain_model(
+    name: str, student: Path, ranks: Any, on_gpu: bool
+) -> Iterator[Callable[[Callable[[Any], None]], None]]:
+    """transformers' own class; what it yields takes a step, given what adds gradients to the model."""
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    model.set_experts_implementation(name)
+    model.to(ranks.device)
+    # As DeepSpeed's bf16 optimizer keeps them: fp32 weights, moments and update.
+    masters = [parameter.detach().float() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, fused=True)
+
+    def update(backward: Backward) -> None:
+        model.train()
+        backward(model)
         for master, parameter in zip(masters, model.parameters(), strict=True):
-            parameter.copy_(master)
-            master.grad = None
+            assert parameter.grad is not None
+            master.grad, parameter.grad = parameter.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for master, parameter in zip(masters, model.parameters(), strict=True):
+                parameter.copy_(master)
+                master.grad = None
+
+    yield update
 
 
 def loss_of(model: Any, batch_BT: torch.Tensor) -> torch.Tensor:

@@ -30,14 +30,18 @@ class ProblemSupervision:
     config: RunConfig
 
     def micro_batches(self, step: int, rank: int, world: int) -> list[SupervisedBatch]:
-        config = self.config
-        rows = batch_indices(step, config.warmup.batch_size, len(self.problems), config.seed)
-        mine = [self.problems[row] for row in rows[rank::world]]
+        mine = self.drawn(step, rank, world)
         mine.sort(key=lambda problem: len(problem.question) + len(problem.solution or problem.answer))
-        size = config.micro_batch_size
-        return [self._batch(mine[start : start + size]) for start in range(0, len(mine), size)]
+        size = self.config.micro_batch_size
+        return [self.batch(mine[start : start + size]) for start in range(0, len(mine), size)]
 
-    def _batch(self, problems: list[Problem]) -> SupervisedBatch:
+    def drawn(self, step: int, rank: int, world: int) -> list[Problem]:
+        """This rank's problems of a step, in the order in which they are drawn."""
+        rows = batch_indices(step, self.config.warmup.batch_size, len(self.problems), self.config.seed)
+        return [self.problems[row] for row in rows[rank::world]]
+
+    def batch(self, problems: list[Problem]) -> SupervisedBatch:
+        """Problems with their targets as training reads them."""
         data = self.config.data
         template = prompt_template(data)
         prompts = [render(template, problem, self.tokenizer) for problem in problems]
