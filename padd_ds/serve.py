@@ -42,12 +42,14 @@ def main() -> None:
     # Imported late, so that --help does not wait for torch.
     from padd_ds.config.deepspeed_json import load_deepspeed_json, precision
     from padd_ds.config.load import load_run_config
-    from padd_ds.rollout.vllm.server import check_installed
+    from padd_ds.rollout.vllm.server import check_experts_told, check_installed
     from padd_ds.rollout.vllm.standalone import serve, servers_of_this_node
 
     config = load_run_config(parsed.config, parsed.overrides)
     dtype = precision(load_deepspeed_json(Path(config.deepspeed)))
     check_installed(config.vllm)
+    if config.servers_tell_experts:
+        check_experts_told()
     servers = servers_of_this_node(config, dtype, parsed.logs or parsed.urls.parent)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)

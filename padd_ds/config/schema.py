@@ -103,15 +103,6 @@ class RunConfig:
         return self
 
     @model_validator(mode="after")
-    def _vllm_draws_and_tells_what_it_can(self) -> "RunConfig":
-        if self.rollout.engine == "vllm" and self.routing.replay == "rollout":
-            raise ValueError(
-                "routing.replay is rollout, but vLLM's experts are not known to the trainer: set routing.replay to "
-                "old_policy or off, or rollout.engine=hf"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _what_is_drawn_ahead_is_corrected(self) -> "RunConfig":
         if not self.has_rollouts or self.rollout.max_staleness == 0:
             return self
@@ -167,6 +158,11 @@ class RunConfig:
     def uses_vllm(self) -> bool:
         """Whether vLLM servers draw the responses."""
         return self.has_rollouts and self.rollout.engine == "vllm"
+
+    @property
+    def servers_tell_experts(self) -> bool:
+        """Whether vLLM servers tell the experts of every token."""
+        return self.uses_vllm and (self.vllm.tell_experts or self.routing.replay == "rollout")
 
     def measures_gradients(self, step: int) -> bool:
         """Whether the terms' own gradients are measured at a step."""

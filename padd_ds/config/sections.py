@@ -208,6 +208,9 @@ class VllmConfig:
     """Seconds that any answer may take, a prompt's whole group of responses too; then the server counts as hung."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often in one rollout a server that died, hangs or answers garbage is started again before the run ends."""
+    tell_experts: bool = False
+    """Whether servers tell with each response the experts of all its tokens, for router_flips_rollout; with
+    routing.replay=rollout they do anyway. On a GPU only."""
     arguments: list[str] = Field(default_factory=list)
     """Further arguments of vLLM's server."""
     environment: dict[str, str] = Field(default_factory=dict)

@@ -36,7 +36,7 @@ from padd_ds.rollout.generation import DrawsAhead
 from padd_ds.rollout.guidance import Guidance
 from padd_ds.rollout.rewards import RewardOptions
 from padd_ds.rollout.verify import AnswerChecker
-from padd_ds.rollout.vllm.server import check_installed
+from padd_ds.rollout.vllm.server import check_experts_told, check_installed
 from padd_ds.stages import joint, warmup
 from padd_ds.stages.materials import (
     TrainingData,
@@ -103,6 +103,8 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     reward_rules(config)
     if config.uses_vllm and config.vllm.servers is None:
         check_installed(config.vllm)
+        if config.servers_tell_experts:
+            check_experts_told()
     tokenizer = load_tokenizer(config.model.student, trust_remote_code=trust)
     data: TrainingData | Blend
     if config.reads_corpora:

@@ -164,6 +164,7 @@ def rollout_engine(
         end_token_ids=end_ids,
         pad_token_id=tokenizer.pad_token_id,
         say=lambda text: print(text, file=sys.stderr, flush=True),
+        experts_of=len(student.layers) if config.servers_tell_experts else 0,
     )
 
 
@@ -196,6 +197,7 @@ def _server(config: RunConfig, dtype: torch.dtype, ranks: Ranks, folder: Path, n
         devices=gpus_of_server(ranks.rank, ranks.device.index or 0, config.vllm.tensor_parallel) if on_gpu else None,
         sleeps=_sleeps(config, ranks),
         trust_remote_code=config.model.trust_remote_code,
+        tells_experts=config.servers_tell_experts,
     )
 
 

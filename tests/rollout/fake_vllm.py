@@ -3,6 +3,7 @@
 Its responses tell the weights that they were made by: the first token is the first value of the tensor `w`.
 """
 
+import base64
 import contextlib
 import json
 import os
@@ -10,9 +11,11 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from padd_ds.rollout.vllm.exchange import read_part
@@ -30,6 +33,8 @@ class FakeVllm:
         self.faults: list[Any] = []
         self.version, self.first, self.seen, self.routes = "default", 0, [], []
         self.restarts = 0
+        self.tells_experts: tuple[int, int, int] | None = None
+        """Hidden layers, experts of a token, routed experts."""
         self.received: dict[str, Any] = {}
         self.lock = threading.Lock()
         self.start()
@@ -106,7 +111,7 @@ class FakeVllm:
             return {}
         sampling = body["sampling_params"]
         self.seen.append(body)
-        choices = [self.choice(index, sampling) for index in range(sampling["n"])]
+        choices = [self.choice(index, sampling, len(body["token_ids"])) for index in range(sampling["n"])]
         return {"choices": choices[::-1]}
 
     def weights(self, told: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -114,7 +119,7 @@ class FakeVllm:
             return dict(receive(self.group, told["part"], CPU))
         return dict(pair for part in told["parts"] for pair in read_part(part))
 
-    def choice(self, index: int, sampling: dict[str, Any]) -> dict[str, Any]:
+    def choice(self, index: int, sampling: dict[str, Any], n_prompt: int) -> dict[str, Any]:
         token_ids = [self.first, sampling["seed"] % self.tokens + index, END][: sampling["max_tokens"]]
         content = [{"token_id": token, "logprob": -0.5 * place} for place, token in enumerate(token_ids)]
         return {
@@ -123,7 +128,23 @@ class FakeVllm:
             "finish_reason": "stop" if token_ids[-1] == END else "length",
             "weight_versions": [{"version": self.version, "start": 0, "end": len(token_ids)}],
             "logprobs": {"content": content},
+            "routed_experts": npy(routes(n_prompt + len(token_ids) - 1, *self.tells_experts))
+            if self.tells_experts
+            else None,
         }
+
+
+def routes(n_tokens: int, layers: int, top_k: int, experts: int) -> np.ndarray:
+    """[tokens, layers, top_k], by place."""
+    first = np.arange(n_tokens)[:, None, None] + 3 * np.arange(layers)[None, :, None]
+    return ((first + np.arange(top_k)) % experts).astype(np.uint8)
+
+
+def npy(array: np.ndarray) -> str:
+    """As vLLM sends it."""
+    file = BytesIO()
+    np.save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def fake_interpreter(path: Path) -> str:
@@ -138,4 +159,9 @@ def fake_interpreter(path: Path) -> str:
 if __name__ == "__main__":
     served = FakeVllm(int(sys.argv[sys.argv.index("--port") + 1]), tokens=10)
     served.restart = lambda: os._exit(1)  # type: ignore[method-assign]
+    if "--enable-return-routed-experts" in sys.argv and os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
+        model = json.loads(Path(sys.argv[sys.argv.index("--model") + 1], "config.json").read_text())
+        served.tells_experts = tuple(  # type: ignore[assignment]
+            model[key] for key in ("num_hidden_layers", "num_experts_per_tok", "n_routed_experts")
+        )
     threading.Event().wait()

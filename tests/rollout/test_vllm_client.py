@@ -1,6 +1,7 @@
 """What a server answers is taken only if it is what was asked for."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from padd_ds.errors import RolloutFailed
 from padd_ds.rollout.vllm.client import Client, Request
 from padd_ds.rollout.vllm.server import ServerFault
-from tests.rollout.fake_vllm import END, FakeVllm
+from tests.rollout.fake_vllm import END, FakeVllm, npy, routes
 
 REQUEST = Request(token_ids=[5, 6], n=2, seed=7, max_new_tokens=4, temperature=1.0, top_p=1.0, end_token_ids=(END,))
 
@@ -38,6 +39,28 @@ def test_responses_come_in_the_order_of_their_seeds(fake: FakeVllm) -> None:
 def test_a_cut_response_has_not_ended(fake: FakeVllm) -> None:
     cut = Request(**{**vars(REQUEST), "max_new_tokens": 2})
     assert [answer.ended for answer in Client(fake.url, 5).generate(cut, "default")] == [False, False]
+
+
+WITH_EXPERTS, SHAPE = replace(REQUEST, experts_of=2), (3, 2, 8)
+
+
+def test_experts_come_where_they_are_asked_for(fake: FakeVllm) -> None:
+    fake.tells_experts = SHAPE
+    assert Client(fake.url, 5).generate(REQUEST, "default")[0].routes_SNK is None
+    for answer in Client(fake.url, 5).generate(WITH_EXPERTS, "default"):
+        assert answer.routes_SNK is not None and answer.routes_SNK.tolist() == routes(2 + 3 - 1, *SHAPE)[:, 1:].tolist()
+
+
+def test_a_server_that_was_not_started_to_tell_experts_is_no_fault_of_its_own(fake: FakeVllm) -> None:
+    with pytest.raises(RolloutFailed, match=r"tells no experts: .* in the configuration of padd-serve"):
+        Client(fake.url, 5).generate(WITH_EXPERTS, "default")
+
+
+@pytest.mark.parametrize("told", ["no base64", "AAAA", npy(routes(3, *SHAPE)), npy(routes(4, *SHAPE)[0])])
+def test_experts_of_other_tokens_are_not_taken(fake: FakeVllm, told: str) -> None:
+    fake.faults = [changed(lambda choice: choice.update(routed_experts=told))]
+    with pytest.raises(ServerFault, match="experts"):
+        Client(fake.url, 5).generate(replace(WITH_EXPERTS, n=1), "default")
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -20,7 +20,7 @@ from padd_ds.rollout.vllm.engine import VllmRollout
 from padd_ds.rollout.vllm.exchange import WeightBoard
 from padd_ds.rollout.vllm.transport import ByFiles, Peers
 from tests.commands import REPOSITORY
-from tests.rollout.fake_vllm import END, FakeVllm
+from tests.rollout.fake_vllm import END, FakeVllm, routes
 
 PROMPTS = torch.tensor([[0, 5, 6], [7, 8, 9], [0, 0, 4]])
 ASKED = Prompts(ids_PT=PROMPTS, mask_PT=(PROMPTS != 0).long(), seeds=[100, 200, 300])
@@ -37,7 +37,7 @@ def fake() -> Iterator[FakeVllm]:
 class World:
     """A student of one weight, and the engine that draws from it."""
 
-    def __init__(self, fake: FakeVllm, folder: Path, **options: Any) -> None:
+    def __init__(self, fake: FakeVllm, folder: Path, experts_of: int = 0, **options: Any) -> None:
         self.weight = 11.0
         self.said: list[str] = []
         peers = Peers(neighbours=(0,), exchanging=(0,), gather=lambda mine: [mine], together=lambda action: action())
@@ -55,6 +55,7 @@ class World:
             end_token_ids=(END,),
             pad_token_id=0,
             say=self.said.append,
+            experts_of=experts_of,
         )
 
     def rollout(self, version: int) -> Any:
@@ -160,6 +161,17 @@ def test_weights_that_find_no_room_are_told_with_their_folder(
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=r"No space left on device.*set vllm\.exchange"):
         World(fake, tmp_path).rollout(0)
+
+
+def test_experts_stand_at_their_tokens(fake: FakeVllm, tmp_path: Path) -> None:
+    """Prompts of 2, 3 and 1 tokens, left-padded to 3, and responses of 3."""
+    fake.tells_experts = (3, 2, 8)
+    found = World(fake, tmp_path, experts_of=2).rollout(0).routes_BLNK
+    assert found.shape == (6, 3 + 3, 2, 2) and found.dtype == torch.int16
+    for row, padding in enumerate([1, 1, 0, 0, 2, 2]):
+        told = torch.from_numpy(routes(3 + 3 - 1 - padding, 3, 2, 8)[:, 1:]).short()
+        assert torch.equal(found[row, padding:-1], told)
+        assert (found[row, :padding] == -1).all() and (found[row, -1] == -1).all()
 
 
 def test_what_is_begun_is_drawn_from_the_weights_of_then(fake: FakeVllm, tmp_path: Path) -> None:

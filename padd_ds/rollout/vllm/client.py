@@ -4,12 +4,15 @@ vLLM's routes: /inference/v1/generate (token ids in, token ids out), /health, an
 weights, the prefix cache and sleep.
 """
 
+import base64
 import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import Any
 
+import numpy as np
 import requests
 
 from padd_ds.errors import RolloutFailed
@@ -34,6 +37,8 @@ class Request:
     end_token_ids: tuple[int, ...]
     stop: tuple[str, ...] = ()
     """Texts that end a response too; they stay in it."""
+    experts_of: int = 0
+    """The last layers whose experts are asked for: those that have any; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,8 @@ class Answer:
     """With the end token, where it ended by one."""
     logprobs: list[float]
     ended: bool
+    routes_SNK: np.ndarray | None = None
+    """Experts of all tokens of prompt and response but the last, in each layer; None where nobody asked."""
 
 
 class Client:
@@ -171,4 +178,22 @@ def _checked_answer(choice: Mapping[str, Any], request: Request, version: str) -
     ended = token_ids[-1] in request.end_token_ids or choice.get("stop_reason") in request.stop
     if ended != (reason == "stop"):
         raise ServerFault(f"a response that ended by {reason} with token {token_ids[-1]}")
-    return Answer(token_ids=token_ids, logprobs=logprobs, ended=ended)
+    routes_SNK = _checked_routes(choice, request, len(token_ids)) if request.experts_of else None
+    return Answer(token_ids=token_ids, logprobs=logprobs, ended=ended, routes_SNK=routes_SNK)
+
+
+def _checked_routes(choice: Mapping[str, Any], request: Request, n_tokens: int) -> np.ndarray:
+    """vLLM tells an .npy file of [tokens of prompt and response but the last, hidden layers, experts of a token]."""
+    told = choice["routed_experts"]
+    if told is None:
+        raise RolloutFailed(
+            "the rollout server tells no experts: routing.replay=rollout and vllm.tell_experts must stand in the "
+            "configuration of padd-serve, too"
+        )
+    try:
+        routes_SNK = np.load(BytesIO(base64.b64decode(told)), allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise ServerFault(f"experts that cannot be read: {error}") from error
+    if routes_SNK.ndim != 3 or len(routes_SNK) != len(request.token_ids) + n_tokens - 1:
+        raise ServerFault(f"experts of shape {routes_SNK.shape} for {len(request.token_ids)} + {n_tokens} tokens")
+    return routes_SNK[:, -request.experts_of :]

@@ -1,14 +1,16 @@
 """The rollout engine whose responses vLLM servers draw.
 
-Legend: P prompts of this rank, G responses per prompt, B = P * G, T prompt tokens (left-padded), R response tokens.
+Legend: P prompts of this rank, G responses per prompt, B = P * G, T prompt tokens (left-padded), R response tokens,
+N MoE layers, K experts per token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from padd_ds.config.sections import VllmConfig
@@ -35,6 +37,8 @@ class Drawing:
     """Responses on their way: what was asked, and by the place of each prompt what has come and what is to come."""
 
     requests: list[Request]
+    prompt_width: int
+    """T of the prompts."""
     device: torch.device
     answers: dict[int, list[Answer]] = field(default_factory=dict)
     versions: dict[int, int] = field(default_factory=dict)
@@ -59,6 +63,8 @@ class VllmRollout:
     end_token_ids: tuple[int, ...]
     pad_token_id: int
     say: Callable[[str], None]
+    experts_of: int = 0
+    """Layers whose experts the servers tell, the model's last; 0: none."""
     _version: str = field(init=False, default="")
     _loaded: str = field(init=False, default="")
     """The version that this rank's own server has; empty: none of ours."""
@@ -109,10 +115,11 @@ class VllmRollout:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 end_token_ids=self.end_token_ids,
+                experts_of=self.experts_of,
             )
             for ids_T, mask_T, seed in zip(prompts.ids_PT, prompts.mask_PT, prompts.seeds, strict=True)
         ]
-        return Drawing(requests=requests, device=prompts.ids_PT.device)
+        return Drawing(requests=requests, prompt_width=prompts.ids_PT.shape[1], device=prompts.ids_PT.device)
 
     def _whole(self, drawing: Drawing) -> Responses:
         """With what is still missing, on any rank. Collective."""
@@ -124,12 +131,13 @@ class VllmRollout:
         places = range(len(drawing.requests))
         if any(self.peers.gather(len(drawing.answers) < len(places))):
             self._until_no_server_fails(ask_for_the_rest)
-        return as_responses(
-            [answer for place in places for answer in drawing.answers[place]],
-            [drawing.versions[place] for place in places for _ in drawing.answers[place]],
-            self.pad_token_id,
-            drawing.device,
-        )
+        answers = [answer for place in places for answer in drawing.answers[place]]
+        versions = [drawing.versions[place] for place in places for _ in drawing.answers[place]]
+        responses = as_responses(answers, versions, self.pad_token_id, drawing.device)
+        if not self.experts_of:
+            return responses
+        routes_BLNK = as_routes(answers, drawing.prompt_width, responses.ids_BR.shape[1])
+        return replace(responses, routes_BLNK=routes_BLNK.to(drawing.device))
 
     def _ask(self, drawing: Drawing) -> None:
         """Have what `drawing` lacks made by the weights of now, in threads that no exit waits for."""
@@ -232,3 +240,15 @@ def as_responses(
         logprobs_BR=logprobs_BR.to(device),
         versions_B=torch.tensor(versions),
     )
+
+
+def as_routes(answers: Sequence[Answer], prompt_width: int, width: int) -> torch.Tensor:
+    """[B, T + R, N, K] int16: the experts of all tokens, -1 where there is none and on each response's last one."""
+    first = answers[0].routes_SNK
+    assert first is not None
+    routes_BLNK = np.full((len(answers), prompt_width + width, *first.shape[1:]), -1, dtype=np.int16)
+    for row, answer in enumerate(answers):
+        assert answer.routes_SNK is not None
+        end = prompt_width + len(answer.token_ids) - 1
+        routes_BLNK[row, end - len(answer.routes_SNK) : end] = answer.routes_SNK
+    return torch.from_numpy(routes_BLNK)

@@ -75,6 +75,8 @@ class Server:
     devices: str | None = None
     """What CUDA_VISIBLE_DEVICES says there; None: as here."""
     trust_remote_code: bool = False
+    tells_experts: bool = False
+    """Whether its responses have their tokens' experts."""
     _port: int = field(init=False, default=0)
     _keeper: subprocess.Popen[bytes] | None = field(init=False, default=None)
     _log_start: int = field(init=False, default=0)
@@ -169,6 +171,8 @@ class Server:
             command.append("--enable-sleep-mode")
         if self.trust_remote_code:
             command.append("--trust-remote-code")
+        if self.tells_experts:
+            command.append("--enable-return-routed-experts")
         return command + list(options.arguments)
 
     def environment(self) -> dict[str, str]:
@@ -183,6 +187,8 @@ class Server:
         kept |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         if self.devices is not None:
             kept["CUDA_VISIBLE_DEVICES"] = self.devices
+        if self.tells_experts:
+            kept["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         return kept | self.options.environment
 
 
@@ -214,6 +220,17 @@ def check_installed(options: VllmConfig) -> str:
         wanted = f"{_dotted(OLDEST_VERSION)} to {_dotted(NEWEST_VERSION)}"
         raise UserError(f"{python} has vLLM {version}, but versions {wanted} are supported; install one of them")
     return version
+
+
+def check_experts_told() -> None:
+    """UserError where this process's servers could not tell the experts of their responses."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            "routing.replay=rollout and vllm.tell_experts need vLLM on a GPU, which torch does not see here: set "
+            "routing.replay to old_policy or off and vllm.tell_experts=false, or rollout.engine=hf"
+        )
 
 
 def is_healthy(url: str, timeout_s: float = 5.0) -> bool:

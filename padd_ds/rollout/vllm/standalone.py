@@ -32,6 +32,7 @@ def servers_of_this_node(config: RunConfig, dtype: str, folder: Path) -> list[Se
             host=ANYWHERE,
             devices=devices,
             trust_remote_code=config.model.trust_remote_code,
+            tells_experts=config.servers_tell_experts,
         )
         for number, devices in enumerate(_shares(options.tensor_parallel))
     ]
