@@ -5,7 +5,8 @@ steps in turn, and each is compared with the same turn of the fastest Hugging Fa
 against the rate of one large matrix product, measured in the same run. With several --experts, a table for each.
 
 With --config, steps of that warm-up in place of it, by the losses and batches of training itself, the teacher left
-out; transformers' class takes the same problems in the order in which they are drawn, padded, by its own loss.
+out; transformers' class takes the same problems in the order in which they are drawn, padded, by its own loss, and
+trains the same parameters.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM
 from padd_ds.config.load import load_run_config
 from padd_ds.config.schema import RunConfig
 from padd_ds.data.batches import SupervisedBatch
+from padd_ds.engine.families import is_dense
 from padd_ds.engine.ranks import Ranks, start_ranks, stop_ranks
 from padd_ds.engine.student import build_student
 from padd_ds.errors import UserError, run_cli
@@ -39,6 +41,7 @@ from padd_ds.planning.shape import shape_of
 from padd_ds.stages.build import Inputs, open_stage, read_inputs
 from padd_ds.stages.materials import TrainingData
 from padd_ds.stages.supervision import ProblemSupervision
+from padd_ds.stages.warmup import is_trained
 from padd_ds.train import quiet_libraries
 from tools.bench_plan import ON_CPU, ON_GPU, prepare
 from tools.measuring import timed
@@ -62,13 +65,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="sequences of a batch (default: 8 on a GPU, else 2)")
     parser.add_argument("--tokens", type=int, help="of a sequence (default: 1024 on a GPU, else 128)")
     parser.add_argument(
-        "--experts", type=int, nargs="+", default=[16], help="routed experts of a layer, at equal active and total size"
+        "--experts", type=int, nargs="+", help="routed experts of a layer, at equal active and total size (default: 16)"
     )
     parser.add_argument("--config", type=Path, help="run file of a warm-up on problems, as of padd_ds/train.py")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of --config")
     parser.add_argument("--steps", type=int, default=6, help="of every variant, one more first (default %(default)s)")
     parser.add_argument("--only", nargs="+", choices=(*HUGGING_FACE, *OURS), default=["grouped_mm", *OURS])
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.config is None and arguments.overrides:
+        raise UserError(f"{arguments.overrides[0]}: is for --config")
+    if arguments.config is not None and (arguments.rows or arguments.tokens or arguments.experts):
+        raise UserError("--rows, --tokens and --experts are not for --config, whose student and batches stand in it")
     ranks = start_ranks()
     quiet_libraries()
     on_gpu = ranks.device.type == "cuda"
@@ -78,7 +85,7 @@ def main() -> None:
         compare_as_trained(arguments, ranks, rate)
         what = f"a warm-up of {arguments.config}"
     else:
-        for n_experts in arguments.experts:
+        for n_experts in arguments.experts or [16]:
             shape = with_experts(SHAPES[ranks.device.type], n_experts)
             compare(shape, arguments, ranks, rows, tokens, rate)
         what = f"{rows} rows of {tokens} tokens"
@@ -146,12 +153,15 @@ def take_turns(
 def compare_as_trained(arguments: argparse.Namespace, ranks: Ranks, rate: float) -> None:
     """Print the table of a warm-up's own steps."""
     with tempfile.TemporaryDirectory() as scratch:
-        alone = ["model.teacher=null", "warmup.kd_weight=0", "warmup.init_weight=0", f"run_dir={scratch}/run"]
+        alone = ["model.teacher=null", "warmup.kd_weight=0", "warmup.init_weight=0", "warmup.routing=routed"]
+        alone += ["activation_checkpointing=false", "log.gradients_every_steps=0", f"run_dir={scratch}/run"]
 
         def inputs_of(*overrides: str) -> Inputs:
             config = load_run_config(arguments.config, [*arguments.overrides, *alone, *overrides])
             if config.stage != "warmup" or config.reads_corpora:
                 raise UserError(f"{arguments.config}: must be a warm-up on problems, without corpora")
+            if is_dense(read_config(config.model.student)):
+                raise UserError(f"{config.model.student}: has no experts, and this is about them")
             return read_inputs(config, ranks.world)
 
         def opened(name: str) -> AbstractContextManager[Callable[[int], Any]]:
@@ -168,7 +178,8 @@ def compare_as_trained(arguments: argparse.Namespace, ranks: Ranks, rate: float)
     rows = sum(len(batch["input_ids_BT"]) for batch in batches)
     padded = sum(batch["input_ids_BT"].numel() for batch in batches)
     model = shape_of(read_config(inputs.config.model.student), "the student")
-    flops = 3 * forward_flops(model, tokens, tokens / rows, learnt) / arguments.steps
+    trained = 3 * model.width * model.active_ffn_width * model.moe_layers
+    flops = (2 * forward_flops(model, tokens, tokens / rows, learnt) + 2 * trained * tokens) / arguments.steps
     print(
         f"{rows / arguments.steps:.0f} rows a step, {tokens / rows:.0f} tokens a row, {learnt / rows:.0f} to be learnt;"
     )
@@ -188,8 +199,13 @@ def drawn_batches(inputs: Inputs, step: int) -> list[SupervisedBatch]:
 @contextmanager
 def plain_warmup(name: str, inputs: Inputs, ranks: Ranks) -> Iterator[Callable[[int], None]]:
     """Steps by transformers' own class and loss."""
-    on_gpu = ranks.device.type == "cuda"
-    with plain_model(name, Path(inputs.config.model.student), ranks, on_gpu) as update:
+    config = inputs.config
+    clip = float(inputs.deepspeed_tree.get("gradient_clipping", 1.0))
+
+    def trained(parameter: str) -> bool:
+        return is_trained(parameter, config.warmup.train_shared_experts)
+
+    with plain_model(name, Path(config.model.student), ranks, inputs.dtype, trained, clip) as update:
 
         def backward(step: int, model: Any) -> None:
             batches = drawn_batches(inputs, step)
@@ -197,10 +213,8 @@ def plain_warmup(name: str, inputs: Inputs, ranks: Ranks) -> Iterator[Callable[[
             for batch in batches:
                 ids_BT = batch["input_ids_BT"].to(ranks.device)
                 labels_BT = torch.full_like(ids_BT, -100)
-                n_targets = batch["target_ids_BR"].shape[1]
-                labels_BT[:, -n_targets:] = (
-                    batch["target_ids_BR"].masked_fill(~batch["target_mask_BR"], -100).to(ids_BT)
-                )
+                labels_BR = batch["target_ids_BR"].masked_fill(~batch["target_mask_BR"], -100)
+                labels_BT[:, -labels_BR.shape[1] :] = labels_BR.to(ranks.device)
                 mask_BT = batch["attention_mask_BT"].to(ranks.device)
                 given = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
                 model(**given, num_items_in_batch=learnt, use_cache=False).loss.backward()
@@ -220,11 +234,11 @@ def our_warmup(inputs: Inputs, zero_stage: int, ranks: Ranks) -> Iterator[Callab
 @contextmanager
 def step_of(name: str, student: Path, ranks: Any, rows: int, on_gpu: bool) -> Iterator[Step]:
     """A training step of that name; its model goes with the block."""
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     if name in HUGGING_FACE:
-        with plain_model(name, student, ranks, on_gpu) as update:
+        with plain_model(name, student, ranks, dtype) as update:
             yield lambda batch_BT: update(lambda model: loss_of(model, batch_BT).backward())
         return
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype)
     expert_compute, zero_stage = OURS[name]
     unused = {"run_dir": "unused", "deepspeed": "unused", "data": {"source": "unused"}, "steps": 1000}
@@ -257,26 +271,34 @@ def step_of(name: str, student: Path, ranks: Any, rows: int, on_gpu: bool) -> It
 
 @contextmanager
 def plain_model(
-    name: str, student: Path, ranks: Any, on_gpu: bool
-) -> Iterator[Callable[[Callable[[Any], None]], None]]:
-    """transformers' own class; what it yields takes a step, given what adds gradients to the model."""
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    name: str,
+    student: Path,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    trained: Callable[[str], bool] = lambda parameter: True,
+    clip: float = 1.0,
+) -> Iterator[Callable[[Backward], None]]:
+    """transformers' own class; what it yields takes a step of the parameters whose names are `trained`."""
+    model: Any = AutoModelForCausalLM.from_pretrained(student, dtype=dtype)
     model.set_experts_implementation(name)
     model.to(ranks.device)
     # As DeepSpeed's bf16 optimizer keeps them: fp32 weights, moments and update.
-    masters = [parameter.detach().float() for parameter in model.parameters()]
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained(parameter_name))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    masters = [parameter.detach().float() for parameter in parameters]
     optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, fused=True)
 
     def update(backward: Backward) -> None:
         model.train()
         backward(model)
-        for master, parameter in zip(masters, model.parameters(), strict=True):
+        for master, parameter in zip(masters, parameters, strict=True):
             assert parameter.grad is not None
             master.grad, parameter.grad = parameter.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        torch.nn.utils.clip_grad_norm_(masters, clip)
         optimizer.step()
         with torch.no_grad():
-            for master, parameter in zip(masters, model.parameters(), strict=True):
+            for master, parameter in zip(masters, parameters, strict=True):
                 parameter.copy_(master)
                 master.grad = None
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from padd_ds.data.batches import supervised_batch
 from padd_ds.data.problems import FieldMap, map_rows
+from padd_ds.data.prompts import render, resolve_template
 from padd_ds.data.sources import read_rows
 from padd_ds.data.split import split_problems
 from padd_ds.errors import UserError, run_cli
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--keep", required=True, type=int, metavar="NEURONS", help="width of the new FFNs")
     parser.add_argument("--calibration", required=True, help="JSONL with question, solution, answer; part A is used")
+    parser.add_argument("--template", help="in which a question stands, as data.template of a run (default: none)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     check_output_free(arguments.output, overwrite=False)
@@ -37,8 +39,9 @@ def main() -> None:
     if not 1 <= arguments.keep <= width:
         raise UserError(f"--keep is {arguments.keep}; the teacher's FFNs have {width} neurons")
     problems = split_problems(map_rows(read_rows(arguments.calibration), FieldMap(solution="solution"))).parts["A"]
+    template = None if arguments.template is None else resolve_template(arguments.template)
     batch = supervised_batch(
-        [problem.question for problem in problems],
+        [problem.question if template is None else render(template, problem, tokenizer) for problem in problems],
         [problem.solution or problem.answer for problem in problems],
         tokenizer,
         model.config.max_position_embeddings,

@@ -162,7 +162,8 @@ class RunConfig:
     @property
     def servers_tell_experts(self) -> bool:
         """Whether vLLM servers tell the experts of every token."""
-        return self.uses_vllm and (self.vllm.tell_experts or self.routing.replay == "rollout")
+        told = self.vllm.tell_experts or self.routing.replay == "rollout"
+        return self.stage == "joint" and self.uses_vllm and told
 
     def measures_gradients(self, step: int) -> bool:
         """Whether the terms' own gradients are measured at a step."""

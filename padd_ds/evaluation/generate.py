@@ -102,7 +102,7 @@ def progress_bar(total: int, shown: bool) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """Prompts and how they are answered; `order` says in which order their rows are taken."""
+    """Prompts and how they are answered."""
 
     model: Any
     tokenizer: Any
@@ -111,7 +111,7 @@ class _Work:
     seeds: Sequence[int]
 
     def rolling(self, order: Sequence[int]) -> Iterator[dict[int, Response]]:
-        """Finished responses, a batch that is always full as long as prompts wait."""
+        """Finished responses, a batch that is always full as long as prompts wait. `order`: of the prompts' rows."""
         options, longest, end_ids = self.options, self.options.max_new_tokens, self._end_ids
         waiting, numbers = deque(order), dict[int, torch.Tensor]()
         # Some places at once: prompts are read faster together, and answers judged.

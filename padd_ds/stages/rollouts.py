@@ -164,7 +164,7 @@ def rollout_engine(
         end_token_ids=end_ids,
         pad_token_id=tokenizer.pad_token_id,
         say=lambda text: print(text, file=sys.stderr, flush=True),
-        experts_of=len(student.layers) if config.servers_tell_experts else 0,
+        n_moe_layers=len(student.layers) if config.servers_tell_experts else 0,
     )
 
 

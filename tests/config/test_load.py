@@ -129,6 +129,12 @@ def test_what_is_drawn_ahead_needs_awake_servers_and_a_correction(run_yaml: Path
     load_run_config(run_yaml, ["stage=warmup", "rollout.max_staleness=1"])
 
 
+@pytest.mark.parametrize(("stage", "tells"), [("joint", True), ("teacher_grpo", False)])
+def test_a_dense_models_servers_have_no_experts_to_tell(run_yaml: Path, stage: str, tells: bool) -> None:
+    config = load_run_config(run_yaml, [f"stage={stage}", "rollout.engine=vllm", "vllm.tell_experts=true"])
+    assert config.servers_tell_experts == tells
+
+
 def test_a_teachers_responses_have_no_likelihood_of_the_rollout(run_yaml: Path) -> None:
     both = ["stage=joint", "policy.importance_cap=2", "rollout.guidance=cache"]
     with pytest.raises(UserError, match=r"responses of rollout\.guidance have none of: set one of them to null"):

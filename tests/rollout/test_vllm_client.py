@@ -41,7 +41,7 @@ def test_a_cut_response_has_not_ended(fake: FakeVllm) -> None:
     assert [answer.ended for answer in Client(fake.url, 5).generate(cut, "default")] == [False, False]
 
 
-WITH_EXPERTS, SHAPE = replace(REQUEST, experts_of=2), (3, 2, 8)
+WITH_EXPERTS, SHAPE = replace(REQUEST, n_moe_layers=2), (3, 2, 8)
 
 
 def test_experts_come_where_they_are_asked_for(fake: FakeVllm) -> None:
@@ -56,8 +56,14 @@ def test_a_server_that_was_not_started_to_tell_experts_is_no_fault_of_its_own(fa
         Client(fake.url, 5).generate(WITH_EXPERTS, "default")
 
 
-@pytest.mark.parametrize("told", ["no base64", "AAAA", npy(routes(3, *SHAPE)), npy(routes(4, *SHAPE)[0])])
-def test_experts_of_other_tokens_are_not_taken(fake: FakeVllm, told: str) -> None:
+@pytest.mark.parametrize(
+    "told",
+    [
+        *("no base64", "AAAA", "", npy(routes(3, *SHAPE)), npy(routes(4, *SHAPE)[0])),
+        *(npy(routes(4, 1, 2, 8)), npy(routes(4, *SHAPE).astype(float))),
+    ],
+)
+def test_n_moe_layers_other_tokens_are_not_taken(fake: FakeVllm, told: str) -> None:
     fake.faults = [changed(lambda choice: choice.update(routed_experts=told))]
     with pytest.raises(ServerFault, match="experts"):
         Client(fake.url, 5).generate(replace(WITH_EXPERTS, n=1), "default")

@@ -65,7 +65,7 @@ class Task:
 
 
 _MAKE_SUMS = (
-    *("python", "tools/make_problems.py", "--question", "Calculate {expression} = ? Reply with the result only."),
+    *("python", "tools/make_problems.py", "--question", "What is {expression}?"),
     *("--solution", "{expression} = {answer}"),
     "chain_sum:subject=sum2,min_terms=2,max_terms=2,min_digits=1,max_digits=2",
     "chain_sum:subject=sum3,min_terms=3,max_terms=3,min_digits=1,max_digits=1",
@@ -122,7 +122,7 @@ TASKS["smollm2-gpu"] = replace(
     TASKS["smollm2"],
     configs="smollm2_gpu",
     convert=(*TASKS["smollm2"].convert, "--device", "cuda"),
-    narrow=("--device", "cuda"),
+    narrow=("--template", "chat", "--device", "cuda"),
     evaluate=(*_SUMS, "250", "--solution-field", "solution", "--samples", "2"),
     record=(*_SUMS, "250"),
 )
@@ -214,6 +214,7 @@ SCALES = {
         searched=(),
         methods=("vanilla-grpo", "padd"),
         dense=False,
+        train_problems=5000,
         test_problems=250,
     ),
 }
@@ -348,5 +349,5 @@ TUNED: dict[str, dict[str, tuple[str, ...]]] = {
         "padd": ("optimizer.learning_rate=2e-5", "distillation.weight=0.1", f"{_GAMMA}=0.01"),
     },
 }
-"""What of it every row has, by the shape that it was tried on; for SmolLM2 nothing was searched, and its teacher,
-which is wrong more often than right, has little weight."""
+"""What of it every row has, by the shape that it was tried on; for SmolLM2 nothing was searched. Its teacher, which
+is wrong more often than right, has little weight since a first run with more, judged on the same questions."""

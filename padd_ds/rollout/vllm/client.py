@@ -37,8 +37,8 @@ class Request:
     end_token_ids: tuple[int, ...]
     stop: tuple[str, ...] = ()
     """Texts that end a response too; they stay in it."""
-    experts_of: int = 0
-    """The last layers whose experts are asked for: those that have any; 0: none."""
+    n_moe_layers: int = 0
+    """How many layers, the model's last, the server tells the experts of; 0: it tells none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Answer:
     logprobs: list[float]
     ended: bool
     routes_SNK: np.ndarray | None = None
-    """Experts of all tokens of prompt and response but the last, in each layer; None where nobody asked."""
+    """[tokens of prompt and response but the last, MoE layers, experts per token]; None where they are not told."""
 
 
 class Client:
@@ -178,7 +178,7 @@ def _checked_answer(choice: Mapping[str, Any], request: Request, version: str) -
     ended = token_ids[-1] in request.end_token_ids or choice.get("stop_reason") in request.stop
     if ended != (reason == "stop"):
         raise ServerFault(f"a response that ended by {reason} with token {token_ids[-1]}")
-    routes_SNK = _checked_routes(choice, request, len(token_ids)) if request.experts_of else None
+    routes_SNK = _checked_routes(choice, request, len(token_ids)) if request.n_moe_layers else None
     return Answer(token_ids=token_ids, logprobs=logprobs, ended=ended, routes_SNK=routes_SNK)
 
 
@@ -191,9 +191,13 @@ def _checked_routes(choice: Mapping[str, Any], request: Request, n_tokens: int) 
             "configuration of padd-serve, too"
         )
     try:
-        routes_SNK = np.load(BytesIO(base64.b64decode(told)), allow_pickle=False)
+        routes_SNK = np.lib.format.read_array(BytesIO(base64.b64decode(told, validate=True)), allow_pickle=False)
     except (ValueError, OSError) as error:
         raise ServerFault(f"experts that cannot be read: {error}") from error
-    if routes_SNK.ndim != 3 or len(routes_SNK) != len(request.token_ids) + n_tokens - 1:
-        raise ServerFault(f"experts of shape {routes_SNK.shape} for {len(request.token_ids)} + {n_tokens} tokens")
-    return routes_SNK[:, -request.experts_of :]
+    is_right = routes_SNK.ndim == 3 and routes_SNK.dtype.kind in "iu" and routes_SNK.shape[1] >= request.n_moe_layers
+    if not is_right or len(routes_SNK) != len(request.token_ids) + n_tokens - 1:
+        raise ServerFault(
+            f"experts of shape {routes_SNK.shape} and type {routes_SNK.dtype} for {len(request.token_ids)} and "
+            f"{n_tokens} tokens in {request.n_moe_layers} layers"
+        )
+    return routes_SNK[:, -request.n_moe_layers :]

@@ -1,7 +1,7 @@
 """The rollout engine whose responses vLLM servers draw.
 
 Legend: P prompts of this rank, G responses per prompt, B = P * G, T prompt tokens (left-padded), R response tokens,
-N MoE layers, K experts per token.
+N MoE layers, K experts per token, L = T + R.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -63,8 +63,8 @@ class VllmRollout:
     end_token_ids: tuple[int, ...]
     pad_token_id: int
     say: Callable[[str], None]
-    experts_of: int = 0
-    """Layers whose experts the servers tell, the model's last; 0: none."""
+    n_moe_layers: int = 0
+    """How many layers, the model's last, the servers tell the experts of; 0: they tell none."""
     _version: str = field(init=False, default="")
     _loaded: str = field(init=False, default="")
     """The version that this rank's own server has; empty: none of ours."""
@@ -115,7 +115,7 @@ class VllmRollout:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 end_token_ids=self.end_token_ids,
-                experts_of=self.experts_of,
+                n_moe_layers=self.n_moe_layers,
             )
             for ids_T, mask_T, seed in zip(prompts.ids_PT, prompts.mask_PT, prompts.seeds, strict=True)
         ]
@@ -134,7 +134,7 @@ class VllmRollout:
         answers = [answer for place in places for answer in drawing.answers[place]]
         versions = [drawing.versions[place] for place in places for _ in drawing.answers[place]]
         responses = as_responses(answers, versions, self.pad_token_id, drawing.device)
-        if not self.experts_of:
+        if not self.n_moe_layers:
             return responses
         routes_BLNK = as_routes(answers, drawing.prompt_width, responses.ids_BR.shape[1])
         return replace(responses, routes_BLNK=routes_BLNK.to(drawing.device))
