@@ -111,7 +111,10 @@ class FakeVllm:
             return {}
         sampling = body["sampling_params"]
         self.seen.append(body)
-        choices = [self.choice(index, sampling, len(body["token_ids"])) for index in range(sampling["n"])]
+        choices = [self.choice(index, sampling) for index in range(sampling["n"])]
+        for choice in choices:
+            n_tokens = len(body["token_ids"]) + len(choice["token_ids"]) - 1
+            choice["routed_experts"] = npy(routes(n_tokens, *self.tells_experts)) if self.tells_experts else None
         return {"choices": choices[::-1]}
 
     def weights(self, told: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -119,7 +122,7 @@ class FakeVllm:
             return dict(receive(self.group, told["part"], CPU))
         return dict(pair for part in told["parts"] for pair in read_part(part))
 
-    def choice(self, index: int, sampling: dict[str, Any], n_prompt: int) -> dict[str, Any]:
+    def choice(self, index: int, sampling: dict[str, Any]) -> dict[str, Any]:
         token_ids = [self.first, sampling["seed"] % self.tokens + index, END][: sampling["max_tokens"]]
         content = [{"token_id": token, "logprob": -0.5 * place} for place, token in enumerate(token_ids)]
         return {
@@ -128,9 +131,6 @@ class FakeVllm:
             "finish_reason": "stop" if token_ids[-1] == END else "length",
             "weight_versions": [{"version": self.version, "start": 0, "end": len(token_ids)}],
             "logprobs": {"content": content},
-            "routed_experts": npy(routes(n_prompt + len(token_ids) - 1, *self.tells_experts))
-            if self.tells_experts
-            else None,
         }
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import yaml
 
 from padd_ds.errors import EXIT_CODE_STOPPED
+from padd_ds.rollout.vllm.client import UPDATING
 from tests.train_inputs import REPOSITORY, make_inputs
 from tests.vllm.conftest import PYTHON, save_student
 
@@ -82,22 +84,37 @@ def servers_of(inputs: Path, name: str) -> list[int]:
     return found
 
 
-def until(condition: Callable[[], Any], run: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 240) -> Any:
-    deadline = time.monotonic() + timeout_s
+def until(condition: Callable[[], Any], run: "subprocess.Popen[bytes]", log: Path, every_s: float = 0.05) -> Any:
+    deadline = time.monotonic() + 240
     while not (found := condition()):
         assert run.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.05)
+        time.sleep(every_s)
     return found
 
 
+def gets_weights(inputs: Path, name: str) -> bool:
+    """Whether the run's server is between two versions of the weights."""
+    for pid in servers_of(inputs, name):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        if "--port" in words:
+            port = words[words.index("--port") + 1]
+            told = requests.get(f"http://127.0.0.1:{port}/weight_info", timeout=5).json()
+            return bool(told == {"weight_version": UPDATING})
+    return False
+
+
 @pytest.mark.slow
-def test_a_server_that_is_struck_again_and_again_costs_no_prompt(inputs: Path) -> None:
-    dice, name = random.Random(0), "servers"
+@pytest.mark.parametrize("moment", ["any", "an update"])
+def test_a_server_that_is_struck_again_and_again_costs_no_prompt(inputs: Path, moment: str) -> None:
+    dice, name = random.Random(0), f"servers at {moment}".replace(" ", "-")
     run, log = launch(inputs, name, "steps=100000"), inputs / f"{name}.log"
     for strike in range(STRIKES):
         done = len(metrics(inputs, name))
         until(lambda done=done: len(metrics(inputs, name)) > done, run, log)
-        time.sleep(dice.uniform(0, 1.0))
+        if moment == "any":
+            time.sleep(dice.uniform(0, 1.0))
+        else:
+            until(lambda: gets_weights(inputs, name), run, log, every_s=0.002)
         victims = servers_of(inputs, name)
         assert victims
         number = signal.SIGSTOP if strike % 3 == 2 else signal.SIGKILL
@@ -125,9 +142,12 @@ def test_a_trainer_that_is_killed_leaves_no_server_behind(inputs: Path) -> None:
         name = f"trainer{strike}"
         run, log = launch(inputs, name, "steps=1000"), inputs / f"trainer{strike}.log"
         until(lambda name=name: servers_of(inputs, name), run, log)
-        if strike % 2 == 0:  # otherwise while the server starts
+        if strike % 3 != 1:  # otherwise while the server starts
             until(lambda name=name: metrics(inputs, name), run, log)
-        time.sleep(dice.uniform(0, 3.0))
+        if strike % 3 == 2:
+            until(lambda name=name: gets_weights(inputs, name), run, log, every_s=0.002)
+        else:
+            time.sleep(dice.uniform(0, 3.0))
         run.send_signal(dice.choice([signal.SIGKILL, signal.SIGTERM]))
         run.wait(timeout=120)
         deadline = time.monotonic() + 40
