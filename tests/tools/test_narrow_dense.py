@@ -27,8 +27,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(monkeypatch, folder, keep):
-    words = ["narrow_dense.py", "--teacher", folder / "teacher", "--output", folder / "narrow", "--keep", keep]
+def run(monkeypatch, folder, keep, *more):
+    words = ["narrow_dense.py", "--teacher", folder / "teacher", "--output", folder / "narrow", "--keep", keep, *more]
     monkeypatch.setattr(sys, "argv", [str(word) for word in [*words, "--calibration", folder / "train.jsonl"]])
     narrow_dense.main()
 
@@ -40,6 +40,16 @@ def test_neurons_that_write_nothing_go_first(folder, monkeypatch):
     assert narrow.config.intermediate_size == 8
     ids_BT = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(narrow(ids_BT).logits, teacher(ids_BT).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_questions_stand_in_the_template(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(narrow_dense, "supervised_batch", lambda prompts, *_: read.append(prompts) or {}["stop"])
+    with pytest.raises(KeyError, match="stop"):
+        run(monkeypatch, folder, 8, "--template", "Question: {question} Answer:")
+    with pytest.raises(KeyError, match="stop"):
+        run(monkeypatch, folder, 8)
+    assert read[0] == [f"Question: {question} Answer:" for question in read[1]]
 
 
 def test_a_width_beyond_the_teachers_is_refused(folder, monkeypatch):
