@@ -34,8 +34,9 @@ class FiniteWatch:
                 raise TrainingDiverged(str(error)) from error
 
     def _see(self, values: torch.Tensor, place: int) -> None:
-        # A norm reads the values once and keeps no copy of them.
-        self._finite[place].logical_and_(torch.linalg.vector_norm(values, torch.inf).isfinite())
+        # One pass, no copy, and a nan anywhere is both; on a CPU many times faster than a norm to infinity.
+        low, high = torch.aminmax(values)
+        self._finite[place].logical_and_(low.isfinite() & high.isfinite())
 
     def _tell(self) -> None:
         bad = [name for name, finite in zip(self._names, self._finite.tolist(), strict=True) if not finite]
