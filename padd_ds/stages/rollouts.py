@@ -20,6 +20,7 @@ from padd_ds.engine.student import Student
 from padd_ds.engine.weights import local_tensors, share_among, whole_tensors
 from padd_ds.hf import end_token_ids
 from padd_ds.rollout.generation import HuggingFaceRollout, RolloutEngine
+from padd_ds.rollout.vllm.client import Routers
 from padd_ds.rollout.vllm.devices import gpus_of_server
 from padd_ds.rollout.vllm.engine import VllmRollout
 from padd_ds.rollout.vllm.exchange import WeightBoard, WeightFiles
@@ -164,8 +165,13 @@ def rollout_engine(
         end_token_ids=end_ids,
         pad_token_id=tokenizer.pad_token_id,
         say=lambda text: print(text, file=sys.stderr, flush=True),
-        n_moe_layers=len(student.layers) if config.servers_tell_experts else 0,
+        routers=_routers(student) if config.servers_tell_experts else None,
     )
+
+
+def _routers(student: Student) -> Routers:
+    first = student.layers[0]
+    return Routers(layers=len(student.layers), top_k=first.router.top_k, experts=first.num_experts)
 
 
 def _transport(config: RunConfig, student: Student, servers: RolloutServers, peers: Peers) -> Transport:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from padd_ds.errors import RolloutFailed
-from padd_ds.rollout.vllm.client import Client, Request
+from padd_ds.rollout.vllm.client import Client, Request, Routers
 from padd_ds.rollout.vllm.server import ServerFault
 from tests.rollout.fake_vllm import END, FakeVllm, npy, routes
 
@@ -41,7 +42,7 @@ def test_a_cut_response_has_not_ended(fake: FakeVllm) -> None:
     assert [answer.ended for answer in Client(fake.url, 5).generate(cut, "default")] == [False, False]
 
 
-WITH_EXPERTS, SHAPE = replace(REQUEST, n_moe_layers=2), (3, 2, 8)
+WITH_EXPERTS, SHAPE = replace(REQUEST, routers=Routers(layers=2, top_k=2, experts=8)), (3, 2, 8)
 
 
 def test_experts_come_where_they_are_asked_for(fake: FakeVllm) -> None:
@@ -60,10 +61,11 @@ def test_a_server_that_was_not_started_to_tell_experts_is_no_fault_of_its_own(fa
     "told",
     [
         *("no base64", "AAAA", "", npy(routes(3, *SHAPE)), npy(routes(4, *SHAPE)[0])),
-        *(npy(routes(4, 1, 2, 8)), npy(routes(4, *SHAPE).astype(float))),
+        *(npy(routes(4, 1, 2, 8)), npy(routes(4, *SHAPE).astype(float)), npy(routes(4, 3, 4, 8))),
+        *(npy(routes(4, *SHAPE) + 8), npy(routes(4, *SHAPE).astype(np.int8) - 1)),
     ],
 )
-def test_n_moe_layers_other_tokens_are_not_taken(fake: FakeVllm, told: str) -> None:
+def test_experts_of_other_tokens_or_that_no_router_has_are_not_taken(fake: FakeVllm, told: str) -> None:
     fake.faults = [changed(lambda choice: choice.update(routed_experts=told))]
     with pytest.raises(ServerFault, match="experts"):
         Client(fake.url, 5).generate(replace(WITH_EXPERTS, n=1), "default")

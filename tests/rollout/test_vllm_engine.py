@@ -16,6 +16,7 @@ import torch
 from padd_ds.config.sections import VllmConfig
 from padd_ds.errors import RolloutFailed, UserError
 from padd_ds.rollout.generation import Prompts, Sampling
+from padd_ds.rollout.vllm.client import Routers
 from padd_ds.rollout.vllm.engine import VllmRollout
 from padd_ds.rollout.vllm.exchange import WeightBoard
 from padd_ds.rollout.vllm.transport import ByFiles, Peers
@@ -37,7 +38,7 @@ def fake() -> Iterator[FakeVllm]:
 class World:
     """A student of one weight, and the engine that draws from it."""
 
-    def __init__(self, fake: FakeVllm, folder: Path, n_moe_layers: int = 0, **options: Any) -> None:
+    def __init__(self, fake: FakeVllm, folder: Path, routers: Routers | None = None, **options: Any) -> None:
         self.weight = 11.0
         self.said: list[str] = []
         peers = Peers(neighbours=(0,), exchanging=(0,), gather=lambda mine: [mine], together=lambda action: action())
@@ -55,7 +56,7 @@ class World:
             end_token_ids=(END,),
             pad_token_id=0,
             say=self.said.append,
-            n_moe_layers=n_moe_layers,
+            routers=routers,
         )
 
     def rollout(self, version: int) -> Any:
@@ -166,7 +167,7 @@ def test_weights_that_find_no_room_are_told_with_their_folder(
 def test_experts_stand_at_their_tokens(fake: FakeVllm, tmp_path: Path) -> None:
     """Prompts of 2, 3 and 1 tokens, left-padded to 3, and responses of 3."""
     fake.tells_experts = (3, 2, 8)
-    found = World(fake, tmp_path, n_moe_layers=2).rollout(0).routes_BLNK
+    found = World(fake, tmp_path, routers=Routers(layers=2, top_k=2, experts=8)).rollout(0).routes_BLNK
     assert found.shape == (6, 3 + 3, 2, 2) and found.dtype == torch.int16
     for row, padding in enumerate([1, 1, 0, 0, 2, 2]):
         told = torch.from_numpy(routes(3 + 3 - 1 - padding, 3, 2, 8)[:, 1:]).short()

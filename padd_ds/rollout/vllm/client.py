@@ -37,8 +37,18 @@ class Request:
     end_token_ids: tuple[int, ...]
     stop: tuple[str, ...] = ()
     """Texts that end a response too; they stay in it."""
-    n_moe_layers: int = 0
-    """How many layers, the model's last, the server tells the experts of; 0: it tells none."""
+    routers: "Routers | None" = None
+    """Those whose experts the server tells; None: it tells none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routers:
+    """What the experts that a server tells can be."""
+
+    layers: int
+    """The model's last."""
+    top_k: int
+    experts: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +188,13 @@ def _checked_answer(choice: Mapping[str, Any], request: Request, version: str) -
     ended = token_ids[-1] in request.end_token_ids or choice.get("stop_reason") in request.stop
     if ended != (reason == "stop"):
         raise ServerFault(f"a response that ended by {reason} with token {token_ids[-1]}")
-    routes_SNK = _checked_routes(choice, request, len(token_ids)) if request.n_moe_layers else None
+    routes_SNK = None
+    if request.routers is not None:
+        routes_SNK = _checked_routes(choice, request.routers, len(request.token_ids) + len(token_ids) - 1)
     return Answer(token_ids=token_ids, logprobs=logprobs, ended=ended, routes_SNK=routes_SNK)
 
 
-def _checked_routes(choice: Mapping[str, Any], request: Request, n_tokens: int) -> np.ndarray:
+def _checked_routes(choice: Mapping[str, Any], routers: Routers, n_tokens: int) -> np.ndarray:
     """vLLM tells an .npy file of [tokens of prompt and response but the last, hidden layers, experts of a token]."""
     told = choice["routed_experts"]
     if told is None:
@@ -194,10 +206,10 @@ def _checked_routes(choice: Mapping[str, Any], request: Request, n_tokens: int) 
         routes_SNK = np.lib.format.read_array(BytesIO(base64.b64decode(told, validate=True)), allow_pickle=False)
     except (ValueError, OSError) as error:
         raise ServerFault(f"experts that cannot be read: {error}") from error
-    is_right = routes_SNK.ndim == 3 and routes_SNK.dtype.kind in "iu" and routes_SNK.shape[1] >= request.n_moe_layers
-    if not is_right or len(routes_SNK) != len(request.token_ids) + n_tokens - 1:
-        raise ServerFault(
-            f"experts of shape {routes_SNK.shape} and type {routes_SNK.dtype} for {len(request.token_ids)} and "
-            f"{n_tokens} tokens in {request.n_moe_layers} layers"
-        )
-    return routes_SNK[:, -request.n_moe_layers :]
+    expected = (n_tokens, routers.layers, routers.top_k)
+    if routes_SNK.ndim != 3 or routes_SNK.dtype.kind not in "iu" or routes_SNK[:, -routers.layers :].shape != expected:
+        raise ServerFault(f"experts of shape {routes_SNK.shape} and type {routes_SNK.dtype} where {expected} is meant")
+    routes_SNK = routes_SNK[:, -routers.layers :]
+    if routes_SNK.min() < 0 or routes_SNK.max() >= routers.experts:
+        raise ServerFault(f"experts from {routes_SNK.min()} to {routes_SNK.max()} of {routers.experts}")
+    return routes_SNK

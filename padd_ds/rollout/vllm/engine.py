@@ -16,7 +16,7 @@ import torch
 from padd_ds.config.sections import VllmConfig
 from padd_ds.errors import RolloutFailed, UserError
 from padd_ds.rollout.generation import Prompts, Responses, Sampling
-from padd_ds.rollout.vllm.client import Answer, Client, Request
+from padd_ds.rollout.vllm.client import Answer, Client, Request, Routers
 from padd_ds.rollout.vllm.server import ServerFault, fault_of
 from padd_ds.rollout.vllm.transport import Peers, Transport
 
@@ -63,8 +63,8 @@ class VllmRollout:
     end_token_ids: tuple[int, ...]
     pad_token_id: int
     say: Callable[[str], None]
-    n_moe_layers: int = 0
-    """How many layers, the model's last, the servers tell the experts of; 0: they tell none."""
+    routers: Routers | None = None
+    """Those whose experts the servers tell; None: they tell none."""
     _version: str = field(init=False, default="")
     _loaded: str = field(init=False, default="")
     """The version that this rank's own server has; empty: none of ours."""
@@ -115,7 +115,7 @@ class VllmRollout:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 end_token_ids=self.end_token_ids,
-                n_moe_layers=self.n_moe_layers,
+                routers=self.routers,
             )
             for ids_T, mask_T, seed in zip(prompts.ids_PT, prompts.mask_PT, prompts.seeds, strict=True)
         ]
@@ -134,7 +134,7 @@ class VllmRollout:
         answers = [answer for place in places for answer in drawing.answers[place]]
         versions = [drawing.versions[place] for place in places for _ in drawing.answers[place]]
         responses = as_responses(answers, versions, self.pad_token_id, drawing.device)
-        if not self.n_moe_layers:
+        if self.routers is None:
             return responses
         routes_BLNK = as_routes(answers, drawing.prompt_width, responses.ids_BR.shape[1])
         return replace(responses, routes_BLNK=routes_BLNK.to(drawing.device))
