@@ -6,7 +6,7 @@ from pathlib import Path
 from padd_ds.data.answers import AnswerFormat
 from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import resolve_template
-from padd_ds.data.split import split_problems
+from padd_ds.data.split import DEFAULT_FRACTIONS, add_part_fractions, split_problems
 from padd_ds.errors import UserError, run_cli
 from padd_ds.evaluate import chat_template, read_problems
 from padd_ds.evaluation.arguments import add_problem_options, add_prompt_options, check_at_least
@@ -29,6 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_prompt_options(parser)
     what = parser.add_argument_group("what is recorded")
     what.add_argument("--part", choices=[*"ABCD", "all"], default="all", help="part of the training set (default all)")
+    add_part_fractions(what)
     what.add_argument(
         "--responses", type=int, default=0, metavar="N", help="draw N per question and keep the right ones (default 0)"
     )
@@ -92,6 +93,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             "--solution-field is missing: it names what is learnt; or pass --responses, or another --target"
         )
+    if args.part == "all" and args.part_fractions is not None:
+        raise UserError("--part-fractions are those of --part; pass that too")
     if args.samples:
         raise UserError("--samples belongs to padd-eval; here it is --responses")
 
@@ -100,7 +103,7 @@ def chosen_part(problems: list[Problem], args: argparse.Namespace) -> list[Probl
     """The problems of --part, split as training splits them."""
     if args.part == "all":
         return problems
-    part = split_problems(problems).parts[args.part]
+    part = split_problems(problems, args.part_fractions or DEFAULT_FRACTIONS).parts[args.part]
     if not part:
         raise UserError(f"--part {args.part} of {args.data} has no problem; give more data, or --part all")
     return part

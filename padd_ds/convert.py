@@ -11,6 +11,7 @@ from padd_ds.conversion.options import (
     WEIGHT_FEATURES,
     ConversionOptions,
 )
+from padd_ds.data.split import add_part_fractions
 from padd_ds.errors import run_cli
 
 
@@ -120,6 +121,7 @@ def _add_texts(group: argparse._ArgumentGroup) -> None:
         help="use only this part of the JSONL records, as training cuts them by the hash of the question, which is the "
         "first --calibration-field; A is what training never sees",
     )
+    add_part_fractions(group)
     group.add_argument("--calibration-tokens", default=16384, type=int, help="tokens used of it (default 16384)")
     group.add_argument("--evaluation", type=Path, help="text or .jsonl file to report the perplexity on")
     group.add_argument("--evaluation-tokens", default=16384, type=int, help="tokens used of it (default 16384)")

@@ -37,6 +37,8 @@ class TextFile:
     field: str = "text"
     part: str | None = None
     template: str = "plain"
+    fractions: dict[str, float] | None = None
+    """Shares of the parts; None: DEFAULT_FRACTIONS."""
 
     @property
     def fields(self) -> list[str]:
@@ -54,14 +56,16 @@ class TextFile:
                 yield from _read_text(self.path)
                 return
             template = resolve_template(self.template)
-            for values in _read_jsonl(self.path, self.fields, self.part):
+            for values in _read_jsonl(self):
                 problem = Problem(question=values[0], answer="")
                 yield values[0] if len(values) == 1 else render(template, problem, tokenizer) + values[1]
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: not UTF-8 text ({error.reason}); convert it to UTF-8") from error
 
 
-def _read_jsonl(path: Path, fields: list[str], part: str | None) -> Iterator[list[str]]:
+def _read_jsonl(texts: TextFile) -> Iterator[list[str]]:
+    path, fields = texts.path, texts.fields
+    fractions = texts.fractions or DEFAULT_FRACTIONS
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -76,7 +80,7 @@ def _read_jsonl(path: Path, fields: list[str], part: str | None) -> Iterator[lis
                 raise UserError(
                     f"{path}, line {number}: no field {missing[0]} (there: {present}); pass --calibration-field"
                 )
-            if part is None or part_of(str(record[fields[0]]), DEFAULT_FRACTIONS) == part:
+            if texts.part is None or part_of(str(record[fields[0]]), fractions) == texts.part:
                 yield [str(record[name]) for name in fields]
 
 

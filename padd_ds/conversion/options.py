@@ -37,6 +37,7 @@ class ConversionOptions:
     calibration_template: name of that template, or a text with {question} in it.
     calibration_part: use only the JSONL records of this part (A, B, C or D) of the training set, by the hash of
         the first field; None uses all.
+    part_fractions: shares of the parts, where the runs' data.part_fractions are other than their default.
     calibration_tokens: how many tokens of it are used.
     weight_features: the weights that `weights` and `mixed` compare neurons by, one of WEIGHT_FEATURES.
     restarts: k-means searches per layer, of which the best counts.
@@ -68,6 +69,7 @@ class ConversionOptions:
     calibration_field: str = "text"
     calibration_template: str = "plain"
     calibration_part: str | None = None
+    part_fractions: dict[str, float] | None = None
     calibration_tokens: int = 16384
     weight_features: str = "gate"
     restarts: int = 1
@@ -183,6 +185,8 @@ class ConversionOptions:
             _check_choice("--calibration-part", self.calibration_part, PARTS)
             if self.calibration is None or self.calibration.suffix != ".jsonl":
                 raise UserError("--calibration-part takes records of a JSONL file; pass one as --calibration")
+        elif self.part_fractions is not None:
+            raise UserError("--part-fractions are those of --calibration-part; pass that too")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,7 +193,9 @@ def text_windows(options: ConversionOptions, folders: Sequence[Path]) -> dict[st
         if path is None:
             continue
         template = options.calibration_template
-        file = TextFile(path=path, field=options.calibration_field, part=part, template=template)
+        file = TextFile(
+            path=path, field=options.calibration_field, part=part, template=template, fractions=options.part_fractions
+        )
         cut = token_rows if name == CALIBRATION and file.holds_rows else token_windows
         for folder in folders:
             tokenizer = load_tokenizer(str(folder), trust_remote_code=options.trust_remote_code)

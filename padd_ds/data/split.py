@@ -1,5 +1,6 @@
 """The cut of one training set into parts that share no question."""
 
+import argparse
 import hashlib
 import re
 import unicodedata
@@ -47,7 +48,7 @@ def part_of(question: str, fractions: Mapping[str, float]) -> str:
     digest = hashlib.sha256(normalise_question(question).encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
     edge, last = 0.0, ""
-    for part, share in fractions.items():
+    for part, share in sorted(fractions.items()):
         edge, last = edge + share, part if share > 0 else last
         if share > 0 and position < edge:
             return part
@@ -85,6 +86,29 @@ def check_fractions(fractions: Mapping[str, float]) -> None:
     if any(share < 0 for share in fractions.values()) or abs(total - 1) > 1e-9:
         named = ", ".join(f"{part} {share}" for part, share in fractions.items())
         raise UserError(f"part fractions ({named}) must be >= 0 and add up to 1, not {total:g}")
+
+
+def add_part_fractions(group: argparse._ArgumentGroup) -> None:
+    """The option of programs that take a part of a training set."""
+    group.add_argument(
+        "--part-fractions",
+        type=parse_fractions,
+        metavar="A,B,C,D",
+        help="shares of the parts, as data.part_fractions of the runs says (default 0.1,0.2,0.65,0.05)",
+    )
+
+
+def parse_fractions(text: str) -> dict[str, float]:
+    """The shares of A, B, C and D as an option gives them: four numbers, separated by commas. UserError where they
+    are not."""
+    try:
+        fractions = dict(zip("ABCD", map(float, text.split(",")), strict=True))
+    except ValueError as error:
+        raise UserError(
+            f"--part-fractions {text}: give four shares, of A, B, C and D, such as 0.1,0.2,0.65,0.05"
+        ) from error
+    check_fractions(fractions)
+    return fractions
 
 
 def decontaminate(

@@ -18,7 +18,7 @@ from padd_ds.conversion.targets import (
 )
 from padd_ds.conversion.writer import write_index, write_shard
 from padd_ds.data.problems import Problem
-from padd_ds.data.split import split_problems
+from padd_ds.data.split import DEFAULT_FRACTIONS, split_problems
 from padd_ds.errors import UserError
 from tests.conversion.tiny_teachers import byte_tokenizer
 
@@ -79,10 +79,11 @@ def test_a_part_holds_the_questions_that_training_leaves_out(tmp_path: Path) -> 
     problems = [Problem(question=f"{number} + {number}?", answer=str(2 * number)) for number in range(100)]
     records = [{"q": problem.question, "a": problem.answer} for problem in problems]
     path = write_records(tmp_path / "data.jsonl", records)
-    parts = split_problems(problems).parts
-    for part in ("A", "C"):
-        file = TextFile(path=path, field="q,a", part=part)
-        assert list(file.read(byte_tokenizer())) == [f"{p.question}{p.answer}" for p in parts[part]]
+    for fractions in (None, {"A": 0.5, "B": 0.0, "C": 0.4, "D": 0.1}):
+        parts = split_problems(problems, fractions or DEFAULT_FRACTIONS).parts
+        for part in ("A", "C"):
+            file = TextFile(path=path, field="q,a", part=part, fractions=fractions)
+            assert list(file.read(byte_tokenizer())) == [f"{p.question}{p.answer}" for p in parts[part]]
 
 
 def test_shards_are_named_finally_from_the_start_and_indexed(tmp_path: Path) -> None:

@@ -249,6 +249,7 @@ def test_part_of_a_text_file(refused: Callable[..., str], tmp_path: Path) -> Non
     text = tmp_path / "text.txt"
     text.write_text("some text")
     assert "--calibration-part takes records of a JSONL file" in refused(calibration=text, calibration_part="A")
+    assert "--part-fractions are those of --calibration-part" in refused(part_fractions="0.1,0.2,0.3,0.4")
 
 
 def test_device_that_is_not_there(refused: Callable[..., str]) -> None:

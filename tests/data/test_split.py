@@ -98,6 +98,11 @@ def test_an_empty_part_gets_nothing():
     assert [len(split.parts[part]) for part in "AB"] == [0, 200]
 
 
+def test_part_does_not_depend_on_the_order_of_the_fractions():
+    turned = dict(reversed(DEFAULT_FRACTIONS.items()))
+    assert split_problems(problems(50), turned).parts == split_problems(problems(50)).parts
+
+
 @pytest.mark.parametrize("fractions", [{"A": 0.5, "B": 0.4}, {"A": 1.5, "B": -0.5}])
 def test_bad_fractions_are_refused(fractions):
     with pytest.raises(UserError, match="add up to 1"):
