@@ -76,16 +76,16 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> None:
 
     # Imported late: --help and a wrong key should not wait for torch.
     from padd_ds.engine.checkpoint import last_whole_checkpoint
-    from padd_ds.engine.ranks import any_rank, start_ranks, stop_ranks, together
+    from padd_ds.engine.ranks import PATIENCE_S, any_rank, on_main, start_ranks, stop_ranks, together
     from padd_ds.run.boards import check_boards, log_in
-    from padd_ds.run.folder import check_run_folder, keep_student_files, start_run_folder
+    from padd_ds.run.folder import check_run_folder, is_finished, keep_student_files, start_run_folder
     from padd_ds.run.loop import end_if_asked, train
     from padd_ds.run.report import write_run_report
     from padd_ds.stages.build import open_stage, read_inputs
     from padd_ds.stages.materials import write_data_report
 
     folder = Path(config.run_dir)
-    ranks = start_ranks()
+    ranks = start_ranks(PATIENCE_S + config.longest_wait_for_servers_s)
     quiet_libraries()
     try:
         with ExitStack() as stack:
@@ -96,6 +96,10 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> None:
             inputs = together(lambda: read_inputs(config, ranks.world), ranks)
             together(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main else None, ranks)
             resumed = last_whole_checkpoint(folder, ranks, arguments.skip_damaged, say) if resume else None
+            if resumed and on_main(lambda: is_finished(folder, config, resumed), ranks):
+                if ranks.is_main:
+                    say(f"{folder}: all {resumed.step} steps are done, so nothing is trained")
+                return
             together(lambda: start_run_folder(folder, config, ranks.world, resumed) if ranks.is_main else None, ranks)
             end_if_asked(stop, folder, resumed.step if resumed else 0, ranks)
             together(lambda: write_data_report(inputs.data, config, say) if ranks.is_main else None, ranks)

@@ -109,10 +109,9 @@ def anonymous_bytes() -> int:
 
 def copy_loaded_weights() -> None:
     """Weights stay in their mapped file on a CPU as long as nothing changes them; here they are copied, as to a GPU."""
-    import padd_ds.stages.build as build
     import padd_ds.stages.materials as materials
 
-    load = build.load_causal_lm
+    load = materials.load_causal_lm
 
     def loading(*arguments: Any, **options: Any) -> Any:
         model = load(*arguments, **options)
@@ -120,7 +119,7 @@ def copy_loaded_weights() -> None:
             tensor.data = tensor.data.clone()
         return model
 
-    build.load_causal_lm = materials.load_causal_lm = loading
+    materials.load_causal_lm = loading
 
 
 def watch_collectives(watch: Watch) -> None:

@@ -13,6 +13,7 @@ OWNED_BY_RUN_YAML = {
     "train_batch_size": "warmup.batch_size or rollout.prompts",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "micro_batch_size",
+    "activation_checkpointing": "activation_checkpointing, true or false",
     "optimizer": "optimizer.*",
     "scheduler": "optimizer.schedule",
     "steps_per_print": "log.every_steps",
@@ -24,10 +25,10 @@ OWNED_BY_RUN_YAML = {
 
 TOP_LEVEL_KEYS = frozenset(
     """
-    activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type
+    aio amp autotuning bf16 checkpoint comms_logger communication_data_type
     compression_training csv_monitor data_efficiency data_types disable_allgather dump_state elasticity eigenvalue
     expert_parallel flops_profiler fp16 gradient_clipping gradient_predivide_factor memory_breakdown
-    prescale_gradients seq_parallel_communication_data_type sparse_gradients tensor_parallel timers torch_autocast
+    prescale_gradients seq_parallel_communication_data_type sparse_gradients timers torch_autocast
     use_data_before_expert_parallelism wall_clock_breakdown zero_allow_untested_optimizer
     zero_force_ds_cpu_optimizer zero_optimization
     """.split()
@@ -70,6 +71,10 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     for key, option in OWNED_BY_RUN_YAML.items():
         if key in tree:
             raise UserError(f"{path}: {key} is set by the run configuration ({option}); take it out of the JSON")
+    if "tensor_parallel" in tree:
+        raise UserError(
+            f"{path}: tensor_parallel is not supported; expert_parallel and zero_optimization spread models"
+        )
     _refuse_unknown(path, tree, TOP_LEVEL_KEYS, "")
     _refuse_unknown(path, tree.get("expert_parallel", {}), EXPERT_PARALLEL_KEYS, "expert_parallel.")
     _refuse_auto(path, tree, "")

@@ -94,6 +94,15 @@ class RunConfig:
         return self
 
     @model_validator(mode="after")
+    def _servers_know_the_bias(self) -> "RunConfig":
+        if self.uses_vllm and self.balances_by_bias and self.balance.target == "logit":
+            raise ValueError(
+                "balance.target is logit, a bias that no checkpoint and no vLLM server knows: set "
+                "balance.target=selection, or rollout.engine=hf"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _importance_is_that_of_the_whole_distribution(self) -> "RunConfig":
         if self.has_rollouts and self.policy.importance_cap is not None and self.rollout.top_p < 1:
             raise ValueError(
@@ -160,15 +169,24 @@ class RunConfig:
         return self.has_rollouts and self.rollout.engine == "vllm"
 
     @property
+    def longest_wait_for_servers_s(self) -> float:
+        """How long one rank may have to wait for its server while the others wait for it."""
+        return self.vllm.start_timeout_s + self.vllm.answer_timeout_s if self.uses_vllm else 0.0
+
+    @property
     def servers_tell_experts(self) -> bool:
         """Whether vLLM servers tell the experts of every token."""
         told = self.vllm.tell_experts or self.routing.replay == "rollout"
         return self.stage == "joint" and self.uses_vllm and told
 
+    def is_logged(self, step: int) -> bool:
+        """Whether a step leaves a line in metrics.jsonl."""
+        return step % self.log.every_steps == 0 or step + 1 == self.steps
+
     def measures_gradients(self, step: int) -> bool:
         """Whether the terms' own gradients are measured at a step."""
         every = self.log.gradients_every_steps
-        return every > 0 and step % every == 0
+        return every > 0 and step % every == 0 and self.is_logged(step)
 
     @property
     def has_rollouts(self) -> bool:

@@ -241,7 +241,7 @@ class VllmConfig:
 @section
 class RewardConfig:
     answer_format: str = "auto"
-    """Where the answer stands in a response: auto, boxed, hash, last_number, first_line, pattern."""
+    """Where the answer stands in a response: auto, boxed, hash, tag, last_number, first_line, pattern."""
     answer_pattern: str | None = None
     """Regular expression with one group that finds the answer; with answer_format pattern."""
     format_pattern: str | None = None
@@ -388,7 +388,8 @@ class LogConfig:
     routing_every_steps: Count = 10
     """Steps between lines of routing/routing.jsonl (per layer and expert)."""
     gradients_every_steps: Annotated[int, Field(ge=0)] = 10
-    """Steps between measurements of the gradient norm of every term of the loss alone, on a micro-batch that is drawn:
+    """Steps between measurements of the gradient norm of every term of the loss alone, where they leave a line in
+    metrics.jsonl, on a micro-batch that is drawn:
     one more forward pass, a backward pass per term, and room for the gradients of the rank's parameters once more. 0:
     never, and never at ZeRO stage 3, which knows whole backward passes only."""
     tensorboard: bool = True

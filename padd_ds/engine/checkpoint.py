@@ -79,10 +79,10 @@ def load_checkpoint(
     """Put the student back to where `checkpoint` left it, and give the stage what it remembered.
 
     Another number of ranks, expert-parallel size or ZeRO stage than its own goes by DeepSpeed's universal format;
-    UserError where that is not possible; HandoverError if the student does not compute what was saved.
+    UserError where that is not possible. Learning rate, weight decay and betas stay the student's; HandoverError if the student does not compute what was saved.
     """
     same = all(checkpoint.facts[name] == value for name, value in size_facts(student).items())
-    with _trusted_deepspeed_types():
+    with _own_optimizer_settings(student.engine), _trusted_deepspeed_types():
         if same:
             student.engine.load_checkpoint(str(checkpoint.folder), tag=DEEPSPEED_TAG)
         else:
@@ -175,6 +175,21 @@ def _seal(staged: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         if final.exists():
             shutil.rmtree(final)
         os.rename(staged, final)
+
+
+@contextmanager
+def _own_optimizer_settings(engine: Any) -> Iterator[None]:
+    """Keep the settings that the engine was built with, where loading would bring the checkpoint's."""
+    scheduler, groups = engine.lr_scheduler, engine.optimizer.param_groups
+    rates = list(scheduler.base_lrs)
+    settings = [{name: group[name] for name in ("initial_lr", "betas", "weight_decay")} for group in groups]
+    yield
+    scheduler.base_lrs = rates
+    scheduler._last_lr = [
+        rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, own, rate in zip(engine.optimizer.param_groups, settings, scheduler._last_lr, strict=True):
+        group.update(own, lr=rate)
 
 
 @contextmanager

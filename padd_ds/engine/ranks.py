@@ -19,6 +19,10 @@ DEFAULT_PORT = 29500
 """Where ranks meet unless MASTER_PORT names another port, as in torch and DeepSpeed."""
 
 
+PATIENCE_S = 1800.0
+"""How long a rank waits in a collective for others that load, write or check something alone."""
+
+
 class OtherRankFailed(RuntimeError):
     """This rank is well, but another one is not."""
 
@@ -36,8 +40,11 @@ class Ranks:
         return self.rank == 0
 
 
-def start_ranks() -> Ranks:
-    """Join the process group that the launcher announced (deepspeed, torchrun, srun, mpirun), or run alone."""
+def start_ranks(patience_s: float = PATIENCE_S) -> Ranks:
+    """Join the process group that the launcher announced (deepspeed, torchrun, srun, mpirun), or run alone.
+
+    patience_s: how long a collective waits for the other ranks.
+    """
     accelerator = get_accelerator()
     # DeepSpeed compiles this op at start-up although only its inference kernels use it. Without it no
     # compiler is needed, and no build that was killed can leave a lock on which the next run waits.
@@ -53,7 +60,12 @@ def start_ranks() -> Ranks:
         on_gpu = accelerator.device_name() == "cuda"
         # Under mpirun DeepSpeed takes the port from here alone.
         port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, distributed_port=port)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            verbose=False,
+            distributed_port=port,
+            timeout=timedelta(seconds=patience_s),
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")

@@ -187,7 +187,7 @@ def build_student(
             _compute_masked(layer)
     for index, layer in enumerate(layers):
         measure_activity(layer, index, control)
-    if not engine.zero_optimization() and not engine.bfloat16_enabled():
+    if not engine.zero_optimization():
         clip_by_whole_norm(engine, layers[0].ep_group if layers else None)
     student = Student(
         engine=engine,
@@ -247,7 +247,7 @@ def _scheduler(options: OptimizerConfig, total_steps: int) -> Callable[[torch.op
 def _fastest_kernels(tree: dict[str, Any], device: torch.device) -> dict[str, str]:
     """Those of AutoEP that need Triton, a CUDA GPU, and its own exchange of tokens; measured in docs/speed.md."""
     has_triton = importlib.util.find_spec("triton") is not None
-    own_exchange = "tensor_parallel" not in tree and tree["expert_parallel"].get("comm_backend", "comm") == "comm"
+    own_exchange = tree["expert_parallel"].get("comm_backend", "comm") == "comm"
     if device.type == "cuda" and torch.version.hip is None and has_triton and own_exchange:
         return {"combine_impl": "fused_weighted_sum"}
     return {}

@@ -120,27 +120,22 @@ class TeacherCache:
     def batch(
         self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, target_mask_BR: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(top_ids_BRK int64, logprobs_BRQ) of rows padded on the left; 0 where there is no target.
-
-        UserError for a row that was not recorded.
-        """
+        """(top_ids_BRK int64, logprobs_BRQ) of recorded rows, padded on the left; 0 where there is no target."""
         shape = target_mask_BR.shape
+        keys = _row_keys(input_ids_BL, attention_mask_BL, target_mask_BR)
         top_ids_BRK = torch.zeros(*shape, self.top_k, dtype=torch.int64)
         logprobs_BRQ = torch.zeros(*shape, self.top_k + 1)
-        for row, (ids, mask) in enumerate(zip(input_ids_BL, attention_mask_BL.bool(), strict=True)):
-            n_target = int(target_mask_BR[row].sum())
-            if n_target == 0:
-                continue
-            recorded = self._find(row_key(ids[mask].tolist(), n_target))
-            top_ids_BRK[row, -n_target:], logprobs_BRQ[row, -n_target:] = recorded
+        for row, (key, n_target) in enumerate(keys):
+            if n_target > 0:
+                top_ids_BRK[row, -n_target:], logprobs_BRQ[row, -n_target:] = self._find(key)
         return top_ids_BRK, logprobs_BRQ
 
+    def missing(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, target_mask_BR: torch.Tensor) -> int:
+        """How many of such rows were not recorded."""
+        keys = _row_keys(input_ids_BL, attention_mask_BL, target_mask_BR)
+        return sum(n_target > 0 and key not in self.places for key, n_target in keys)
+
     def _find(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if key not in self.places:
-            raise UserError(
-                f"{self.folder}: a target of the training data is not in it; record it with the same data, "
-                "tokenizer, template and lengths"
-            )
         number, first, count = self.places[key]
         shard, rows = self._shard(number), slice(first, first + count)
         return shard.get_slice("top_ids")[rows].long(), shard.get_slice("logprobs")[rows]
@@ -157,6 +152,15 @@ class TeacherCache:
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); {REMEDY}") from error
         return self._open[number]
+
+
+def _row_keys(
+    input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor, target_mask_BR: torch.Tensor
+) -> list[tuple[str, int]]:
+    """`row_key` of every row, and how many tokens its target has."""
+    n_targets = target_mask_BR.sum(dim=1).tolist()
+    rows = zip(input_ids_BL, attention_mask_BL.bool(), n_targets, strict=True)
+    return [(row_key(ids[mask].tolist(), n_target), n_target) for ids, mask, n_target in rows]
 
 
 def _check_file(path: Path, sha256: str) -> None:

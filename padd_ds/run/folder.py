@@ -32,6 +32,18 @@ def check_run_folder(folder: Path, resume: bool) -> None:
         raise UserError(f"{folder} already exists; choose another run_dir, or continue it with --resume")
 
 
+def is_finished(folder: Path, config: RunConfig, resumed: Checkpoint) -> bool:
+    """Whether a resumed run has no step left; UserError where that is so and it was another configuration."""
+    if resumed.step < config.steps:
+        return False
+    if (folder / "config.yaml").read_text(encoding="utf-8") != as_yaml(config):
+        raise UserError(
+            f"{folder}: finished at step {resumed.step}, with other settings (config.yaml in it), so these train "
+            f"nothing; choose another run_dir, or set steps above {resumed.step} to go on"
+        )
+    return True
+
+
 def start_run_folder(folder: Path, config: RunConfig, world: int, resumed: Checkpoint | None = None) -> None:
     """Make the folder with the resolved configuration and where it runs.
 

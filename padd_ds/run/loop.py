@@ -79,15 +79,14 @@ class Logger:
 
     def _log(self, step: int, report: StepReport) -> None:
         log = self._config.log
-        last = step + 1 == self._config.steps
-        if last or step % log.every_steps == 0:
+        if self._config.is_logged(step):
             append_line(self._folder / "metrics.jsonl", {"step": step, **report.metrics})
             for board in self._boards:
                 board(step, report.metrics)
             for sample in report.samples:
                 append_line(self._folder / "samples.jsonl", {"step": step, **sample})
             print(self._progress(step, report), file=sys.stderr, flush=True)
-        if report.routing and (last or step % log.routing_every_steps == 0):
+        if report.routing and (step + 1 == self._config.steps or step % log.routing_every_steps == 0):
             append_line(self._folder / "routing" / "routing.jsonl", {"step": step, **report.routing})
 
     def _progress(self, step: int, report: StepReport) -> str:

@@ -27,7 +27,7 @@ from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import Student, build_student
 from padd_ds.errors import UserError
-from padd_ds.hf import load_causal_lm, load_tokenizer, read_config
+from padd_ds.hf import load_tokenizer, read_config
 from padd_ds.losses.policy import CLIPS, PolicyOptions
 from padd_ds.moe.balance import BalanceOptions
 from padd_ds.offline.cache import TeacherCache
@@ -45,6 +45,7 @@ from padd_ds.stages.materials import (
     check_vocabularies,
     load_reference,
     load_teacher,
+    load_together,
     open_corpora,
     prompt_template,
     read_training_data,
@@ -112,6 +113,9 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         data = open_corpora(config, tokenizer, student.vocab_size)
     else:
         data = read_training_data(config, tokenizer)
+    cache = _teacher_cache(config, student.vocab_size)
+    if cache is not None and isinstance(data, TrainingData):
+        _check_recorded(cache, ProblemSupervision(problems=data.problems, tokenizer=tokenizer, config=config))
     return Inputs(
         config=config,
         deepspeed_tree=tree,
@@ -119,7 +123,7 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         tokenizer=tokenizer,
         data=data,
         targets=_targets(config, student),
-        cache=_teacher_cache(config, student.vocab_size),
+        cache=cache,
         guidance=_guidance(config),
     )
 
@@ -184,6 +188,19 @@ def _teacher_cache(config: RunConfig, vocabulary: int) -> TeacherCache | None:
     return cache
 
 
+def _check_recorded(cache: TeacherCache, supervision: ProblemSupervision) -> None:
+    """UserError unless the cache has every target."""
+    problems, missing = supervision.problems, 0
+    for start in range(0, len(problems), 64):
+        batch = supervision.batch(problems[start : start + 64])
+        missing += cache.missing(batch["input_ids_BT"], batch["attention_mask_BT"], batch["target_mask_BR"])
+    if missing:
+        raise UserError(
+            f"warmup.teacher_cache {cache.folder}: {missing} of {len(problems)} targets of the training data are not "
+            "in it; record them with the same data, tokenizer, template and lengths"
+        )
+
+
 def _guidance(config: RunConfig) -> Guidance | None:
     """The teacher's recorded responses where the rollout takes them in."""
     if not config.has_rollouts or config.rollout.guidance is None:
@@ -193,7 +210,7 @@ def _guidance(config: RunConfig) -> Guidance | None:
 
 def _student(inputs: Inputs, ranks: Ranks) -> Student:
     config = inputs.config
-    model = load_causal_lm(config.model.student, inputs.dtype, trust_remote_code=config.model.trust_remote_code)
+    model = load_together(config.model.student, config, inputs.dtype, ranks)
 
     def trainable(name: str) -> bool:
         if config.stage == "warmup":

@@ -223,8 +223,10 @@ class JointStage:
             replayed = None if self.config.routing.replay == "off" else micro_batch.old.selected_SK
             with student.replaying(replayed):
                 if index == measured:
-                    terms, *_ = self._loss_terms(student.model, micro_batch, counts, MetricSums())
-                    add_gradient_norms(terms, student, sums)
+                    # Inline: a name would keep this graph beside the next one.
+                    add_gradient_norms(
+                        self._loss_terms(student.model, micro_batch, counts, MetricSums())[0], student, sums
+                    )
                 terms, record, shift_NBR = self._loss_terms(student.engine, micro_batch, counts, sums)
                 self._count_shifts(shift_NBR, micro_batch.batch.response_mask_BR)
                 self._count_routing(micro_batch.batch, record, (statistics, step_statistics))

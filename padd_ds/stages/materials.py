@@ -17,7 +17,7 @@ from padd_ds.data.prompts import PromptTemplate, render, render_target, resolve_
 from padd_ds.data.sources import read_rows
 from padd_ds.data.split import decontaminate, split_problems
 from padd_ds.engine.frozen import place_frozen
-from padd_ds.engine.ranks import Ranks
+from padd_ds.engine.ranks import Ranks, together
 from padd_ds.errors import UserError
 from padd_ds.hf import keeps_documents_apart, load_causal_lm
 from padd_ds.offline.cache import check_responses, read_responses
@@ -125,22 +125,25 @@ def supervised_target(data: DataConfig, problem: Problem) -> str:
     return render_target(problem, target)
 
 
-def load_reference(config: RunConfig, dtype: torch.dtype, ranks: Ranks) -> Any:
-    """The frozen model that the policy is held to, placed as the teacher is; None where nothing holds it.
+def load_together(source: str, config: RunConfig, dtype: torch.dtype, ranks: Ranks) -> Any:
+    """A model on every rank; what is wrong with one rank's files stops all. Collective."""
+    trust = config.model.trust_remote_code
+    return together(lambda: load_causal_lm(source, dtype, trust_remote_code=trust), ranks)
 
-    Collective unless it is replicated.
-    """
+
+def load_reference(config: RunConfig, dtype: torch.dtype, ranks: Ranks) -> Any:
+    """The frozen model that the policy is held to, placed as the teacher is; None without one. Collective."""
     if not config.has_rollouts or config.policy.kl_weight == 0:
         return None
     source = config.model.reference or config.model.student
-    reference = load_causal_lm(source, dtype, trust_remote_code=config.model.trust_remote_code)
+    reference = load_together(source, config, dtype, ranks)
     return place_frozen(reference, config.model.teacher_placement, dtype, ranks)
 
 
 def load_teacher(config: RunConfig, dtype: torch.dtype, ranks: Ranks) -> Any:
-    """The frozen dense teacher, placed as the configuration says. Collective unless it is replicated."""
+    """The frozen dense teacher, placed as the configuration says. Collective."""
     assert config.model.teacher is not None
-    teacher = load_causal_lm(config.model.teacher, dtype, trust_remote_code=config.model.trust_remote_code)
+    teacher = load_together(config.model.teacher, config, dtype, ranks)
     return place_frozen(teacher, config.model.teacher_placement, dtype, ranks)
 
 

@@ -72,7 +72,8 @@ def _started_servers(config: RunConfig, dtype: torch.dtype, ranks: Ranks) -> Ite
     place, size = here.index(ranks.rank), config.vllm.ranks_per_server
     neighbours = tuple(here[place // size * size :][:size])
     folder = (IN_MEMORY if config.vllm.exchange is None else Path(config.vllm.exchange)) / f"padd-{token}"
-    server = _server(config, dtype, ranks, folder, place // size) if ranks.rank == neighbours[0] else None
+    starts = ranks.rank == neighbours[0]
+    server = together(lambda: _server(config, dtype, ranks, folder, place // size) if starts else None, ranks)
     try:
         together(partial(_start, server, folder), ranks)
         together(lambda: None if server is None else server.wait_until_ready(), ranks)

@@ -48,6 +48,11 @@ def test_every_json_of_the_repository_loads(repository: Path) -> None:
         ({"optimizer": {"type": "Adam"}}, "set by the run configuration (optimizer.*)"),
         ({"train_batch_size": 8}, "take it out of the JSON"),
         ({"expert_parallel": True}, "expert_parallel must be a mapping"),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": True}},
+            "set by the run configuration (activation_checkpoin",
+        ),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is not supported"),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -116,6 +116,14 @@ def test_importance_weights_and_nucleus_sampling_exclude_each_other(run_yaml: Pa
         load_run_config(run_yaml, [*both, one])
 
 
+def test_servers_do_not_know_a_bias_of_the_logits(run_yaml: Path) -> None:
+    both = ["stage=joint", "balance.target=logit", "rollout.engine=vllm"]
+    with pytest.raises(UserError, match=r"balance\.target=selection, or rollout\.engine=hf"):
+        load_run_config(run_yaml, both)
+    for one in ("balance.target=selection", "rollout.engine=hf", "balance.kind=none"):
+        load_run_config(run_yaml, [*both, one])
+
+
 def test_what_is_drawn_ahead_needs_awake_servers_and_a_correction(run_yaml: Path) -> None:
     ahead = ["stage=joint", "rollout.max_staleness=1"]
     served = [*ahead, "rollout.engine=vllm"]

@@ -13,6 +13,7 @@ from transformers import Glm4MoeForCausalLM
 
 from padd_ds.checkpoint.export import ExportOptions, export_run
 from padd_ds.checkpoint.layout import find_checkpoints
+from padd_ds.config.sections import OptimizerConfig
 from padd_ds.engine.checkpoint import _trusted_deepspeed_types, last_whole_checkpoint, load_checkpoint, save_checkpoint
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import build_student
@@ -189,3 +190,30 @@ def test_a_checkpoint_may_name_enum_members_and_nothing_else(owner: Any, tmp_pat
         else:
             with pytest.raises(pickle.UnpicklingError):
                 torch.load(tmp_path / "file.pt")
+
+
+def settings_after_resuming(ranks: Ranks, folder: str, zero_stage: int) -> list[tuple[float, ...]]:
+    """Learning rate, weight decay and betas of every group: of a run, and of one resumed with other settings."""
+    found = []
+    checker = FixedChecker(lambda text, gold: len(text) % 2 == 0)
+    first = OptimizerConfig(learning_rate=1e-3, schedule="linear")
+    second = OptimizerConfig(learning_rate=1e-6, weight_decay=0.3, betas=(0.5, 0.6), schedule="linear")
+    for options in (first, first, second):
+        stage = make_joint_stage(ranks, joint_config(optimizer=options), 1, checker, zero_stage=zero_stage)
+        if found:
+            load_checkpoint(stage.student, find_checkpoints(Path(folder))[0], stage.load_state)
+        else:
+            stage.step(0)
+            save_checkpoint(stage.student, Path(folder), 1, stage.state(), FACTS)
+        groups = stage.student.engine.optimizer.param_groups
+        found.append([(group["lr"], group["weight_decay"], *group["betas"]) for group in groups])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_a_resumed_run_has_its_own_optimizer_settings(zero_stage: int, tmp_path: Path) -> None:
+    ((before, same, other),) = run_ranks(settings_after_resuming, 1, str(tmp_path), zero_stage)
+    assert same == before and all(0 < rate < 1e-3 for rate, *_ in before)
+    share = before[0][0] / 1e-3
+    assert other == [pytest.approx((share * 1e-6, 0.3, 0.5, 0.6))] * len(before)

@@ -234,3 +234,32 @@ def test_gradients_of_several_replicas_do_not_depend_on_the_zero_stage() -> None
         for stage in (2, 3):
             case = (world, expert_parallel, stage)
             assert_same_gradients(merged_gradients(*case), expected, case)
+
+
+def clipped(ranks: Ranks, expert_parallel: int, stage: int, bf16: bool, only_experts: bool) -> float:
+    """The norm that a step was clipped by."""
+    tree = deepspeed_tree(stage, expert_parallel) | {"gradient_clipping": 0.01, "bf16": {"enabled": bf16}}
+    student = build_student(
+        tiny_student(),
+        run_config(),
+        tree,
+        ranks,
+        trainable=lambda name: ".experts." in name or not only_experts,
+        accumulation_steps=1,
+        total_steps=4,
+    )
+    tokens_BT, mask_BT = (part.chunk(ranks.world)[ranks.rank] for part in batch())
+    student.engine.train()
+    with student.routing("routed", sample_S=torch.arange(tokens_BT.numel())):
+        student.backward(_loss(student, tokens_BT, mask_BT, expert_parallel))
+    student.step()
+    return float(student.engine.get_global_grad_norm())
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_the_norm_that_clips_is_that_of_all_gradients_at_any_zero_stage(bf16: bool) -> None:
+    for only_experts in (True, False):
+        for world in (1, 2):
+            found = [run_ranks(clipped, world, world, stage, bf16, only_experts) for stage in (0, 2)]
+            assert len(set(found[0])) == 1
+            assert found[0][0] == pytest.approx(found[1][0], rel=0.02 if bf16 else 1e-5)

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from padd_ds import cache
+from padd_ds.config.schema import RunConfig
 from padd_ds.config.sections import DataConfig, FieldsConfig
 from padd_ds.data.batches import supervised_batch
 from padd_ds.data.problems import Problem
@@ -22,6 +23,7 @@ from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import distillation_sum, recorded_distillation_sum, top_outcomes
 from padd_ds.offline import cache as offline
 from padd_ds.offline.cache import TeacherCache
+from padd_ds.stages.build import read_inputs
 from padd_ds.stages.materials import read_training_data
 from tests.commands import run_command
 from tests.largest import LargestFloat32
@@ -192,13 +194,24 @@ def test_what_another_recording_left_is_not_taken_up(folder, monkeypatch):
     assert TeacherCache.open(folder / "cache").top_k == 2
 
 
-def test_an_unknown_target_is_refused(folder):
-    cache.main(arguments(folder))
-    batch = batch_of([{"question": "9 plus 9?", "solution": "#18"}])
-    with pytest.raises(UserError, match="a target of the training data is not in it"):
-        TeacherCache.open(folder / "cache").batch(
-            batch["input_ids_BT"], batch["attention_mask_BT"], batch["target_mask_BR"]
-        )
+def test_targets_that_were_not_recorded_are_counted_before_any_work(folder):
+    cache.main(arguments(folder, "--limit", str(len(ROWS) - 2)))
+    tiny_student(vocabulary=len(make_tokenizer())).save_pretrained(folder / "student")
+    make_tokenizer().save_pretrained(folder / "student")
+    tree = {"zero_optimization": {"stage": 2}, "expert_parallel": {"enabled": True, "autoep_size": 1}}
+    (folder / "one.json").write_text(json.dumps(tree))
+    config = RunConfig(
+        stage="warmup",
+        run_dir=str(folder / "run"),
+        deepspeed=str(folder / "one.json"),
+        steps=2,
+        model={"student": str(folder / "student")},
+        data={"source": str(folder / "data.jsonl"), "part": "all", "fields": {"solution": "solution"}},
+        optimizer={"learning_rate": 1e-3},
+        warmup={"batch_size": 4, "init_weight": 0.0, "teacher_cache": str(folder / "cache")},
+    )
+    with pytest.raises(UserError, match=f"2 of {len(ROWS)} targets of the training data are not in it"):
+        read_inputs(config, 1)
 
 
 def changed(path):

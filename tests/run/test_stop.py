@@ -75,7 +75,7 @@ def test_a_stopped_run_goes_on_as_the_undisturbed_one(tmp_path: Path) -> None:
 
 def train_signalled(ranks: Ranks, inputs: Path, number: int, while_at: str, *more: str) -> tuple[int, str, bool]:
     """A signal to the last rank while it is at a function of stages/build.py; also whether models were loaded."""
-    happened = {"read_inputs": 0, "load_causal_lm": 0}
+    happened = {"read_inputs": 0, "load_together": 0}
 
     def watched(name: str) -> Any:
         function = getattr(build, name)
@@ -92,18 +92,18 @@ def train_signalled(ranks: Ranks, inputs: Path, number: int, while_at: str, *mor
         for name in happened:
             patch.setattr(build, name, watched(name))
         code, told = train_here(inputs, f"deepspeed={inputs}/two.json", f"run_dir={inputs}/run", *more)
-    return code, told, happened["load_causal_lm"] > 0
+    return code, told, happened["load_together"] > 0
 
 
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_signal_while_loading_stops_all_ranks_before_the_first_step(tmp_path: Path) -> None:
     inputs, run = make_inputs(tmp_path), tmp_path / "run"
-    for number, while_at in ((signal.SIGTERM, "read_inputs"), (signal.SIGUSR1, "load_causal_lm")):
+    for number, while_at in ((signal.SIGTERM, "read_inputs"), (signal.SIGUSR1, "load_together")):
         found = run_ranks(train_signalled, 2, inputs, int(number), while_at, "--resume-or-start")
         assert [code for code, _, _ in found] == [EXIT_CODE_STOPPED] * 2
         assert "before the first step; the same command with --resume goes on" in found[0][1]
-        assert [loaded for _, _, loaded in found] == [while_at == "load_causal_lm"] * 2
+        assert [loaded for _, _, loaded in found] == [while_at == "load_together"] * 2
         assert json.loads((run / STOPPED).read_text()) == {"signal": "a signal to another rank", "step": 0}
         assert not (run / "metrics.jsonl").exists()
     code, told, _ = run_ranks(train_signalled, 2, inputs, int(signal.SIGTERM), "nothing", "--resume")[0]
