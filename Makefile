@@ -107,6 +107,9 @@ eval-olympiadbench: $(READY)  ## MODEL=dir [DATA=folder]: Pass@1 on OlympiadBenc
 
 eval-all: $(READY)  ## MODEL=dir [DATA=folder]: all of these; finished ones are passed over
 	$(call need-model,all)
+	@for name in $(BENCHMARKS); do file="$(call result,$$name)"; \
+	    if [ -e "$$file" ] && ! grep -qF -e '"model": "$(MODEL:/=)"' -e '"model": "$(MODEL:/=)/"' "$$file"; then \
+	        echo "error: $$file is of another model than $(MODEL); set RESULTS to another folder" >&2; exit 2; fi; done
 	@for name in $(BENCHMARKS); do \
 	    if [ -e "$(call result,$$name)" ]; then echo "$$name: $(call result,$$name) is there already"; \
 	    else $(MAKE) --no-print-directory "eval-$$name"; fi; done

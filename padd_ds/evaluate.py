@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -176,6 +177,19 @@ def run(
         if share.rank == 0:
             write_result(args.output, settings, model_facts(model), measured)
             print(f"{args.model}\n{table(measured)}\nwritten to {args.output}")
+            warn_of_cut_responses(measured, args.max_new_tokens)
+
+
+def warn_of_cut_responses(measured: Any, max_new_tokens: int) -> None:
+    """A line on standard error where more than a tenth of the responses reached the limit."""
+    results = [one for one in (measured.problems, measured.samples) if one is not None]
+    total, cut = sum(one.problems * one.samples for one in results), sum(one.truncated for one in results)
+    if 10 * cut > total:
+        print(
+            f"warning: {cut} of {total} responses were cut off at {max_new_tokens} tokens, before they ended; "
+            "give a larger --max-new-tokens",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

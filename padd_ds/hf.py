@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -38,7 +39,9 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no readable model config ({_first_line(error)})") from error
+        raise UserError(
+            f"{source}: no readable model config ({_first_line(error)}){offline_remedy(source, error)}"
+        ) from error
     architectures = getattr(config, "architectures", None) or []
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not causal or (architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures)):
@@ -57,7 +60,9 @@ def load_causal_lm(source: str, dtype: torch.dtype, *, trust_remote_code: bool =
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{source}: its weights cannot be read ({_first_line(error)})") from error
+        raise UserError(
+            f"{source}: its weights cannot be read ({_first_line(error)}){offline_remedy(source, error)}"
+        ) from error
     return model.eval()
 
 
@@ -77,13 +82,23 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{source}: no readable tokenizer ({_first_line(error)})") from error
+        raise UserError(
+            f"{source}: no readable tokenizer ({_first_line(error)}){offline_remedy(source, error)}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{source}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def offline_remedy(source: str, error: Exception) -> str:
+    """What to add to a message on `source` that was not found because downloads are off; else nothing."""
+    found = not isinstance(error, OSError) or Path(source).expanduser().exists()
+    if found or not constants.HF_HUB_OFFLINE:
+        return ""
+    return f"; HF_HUB_OFFLINE=1 allows no download: run `hf download {source}` before, set it to 0, or give a folder"
 
 
 def files_hash(source: str, config: Any) -> str:

@@ -88,6 +88,10 @@ train() {
         plan "$@"
         return
     fi
+    if [ -z "${SLURM_NTASKS:-}" ]; then
+        echo "error: how many ranks? give sbatch --ntasks-per-node, the GPUs of a node" >&2
+        exit 2
+    fi
     # Checks the configuration before any rank starts.
     run_dir=$("$python" padd_ds/train.py --config "$@" --show-config | sed -n "s/^run_dir: //p")
     plan "$@"
@@ -106,10 +110,11 @@ train() {
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
     export MASTER_ADDR MASTER_PORT
     echo "$(date -Is) attempt $((${SLURM_RESTART_COUNT:-0} + 1)), $ranks ranks on $SLURM_JOB_NODELIST, logs in $logs"
-    local step=()
+    # srun does not take this from sbatch.
+    local step=(${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"})
     if [ "$servers" != 0 ]; then
         serve "$(joined "${nodes[@]:training}")" "$@"
-        step=(--nodes="$training" --ntasks="$ranks" --nodelist="$(joined "${nodes[@]:0:training}")")
+        step+=(--nodes="$training" --ntasks="$ranks" --nodelist="$(joined "${nodes[@]:0:training}")")
     fi
     srun ${step[@]+"${step[@]}"} --kill-on-bad-exit=1 --open-mode=append --output="$logs/rank-%t.log" "${train[@]}" || code=$?
     # Not the code: ranks that were a little late to end are killed, and srun then tells of that.

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The whole path as dependent jobs: tune the teacher, cut it, warm the student up, train it jointly, evaluate both.
 #   TEACHER=Qwen/Qwen2.5-Math-7B DATA=data/train.jsonl WORK=runs/padd \
-#       slurm/pipeline.sh --nodes 2 --ntasks-per-node 8 --gpus-per-node 8
+#       slurm/pipeline.sh --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 8
 # Arguments are sbatch's, for the three trainings. Variables:
 #   TEACHER      folder or hub id of the dense model; with TUNED=1 it is tuned already, and the first job is left out
-#   DATA, WORK   the problems; the folder for runs, models and results
+#   DATA, WORK   the problems, a .jsonl file; the folder for runs, models and results
 #   CONVERT      options of padd-convert besides teacher, output and calibration file (default: as the run files)
 #   EVAL         options of padd-eval besides model and output
 #   CONVERT_JOB, EVAL_JOB   options of sbatch for the conversion (default none) and the evaluations (default --gpus 1)
@@ -14,9 +14,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${TEACHER:?set TEACHER to the dense model}" "${DATA:?set DATA to the problems}" "${WORK:?set WORK to a folder}"
+if [[ $DATA != *.jsonl || ! -f $DATA ]]; then
+    echo "error: DATA=$DATA is no .jsonl file, which the calibration reads; write the problems to one, a row per line" >&2
+    exit 2
+fi
 convert=${CONVERT:---experts 32 --shared-experts 8 --top-k 16 --calibration-field problem,solution
     --calibration-template chat-boxed}
-evaluate=${EVAL:---benchmark math500 --data-dir data}
+evaluate=${EVAL:---benchmark math500 --data-dir data --max-new-tokens 3072}
 configs=${CONFIGS:-ds_configs/runs}
 models=$WORK/models
 previous=

@@ -7,8 +7,11 @@ import pytest
 
 from padd_ds import evaluate
 from padd_ds.errors import UserError
+from padd_ds.evaluation.results import Measured
+from padd_ds.evaluation.scoring import summarise
 from padd_ds.rollout.verify import AnswerChecker
 from tests.data.characters import VOCABULARY, character_tokenizer
+from tests.evaluation.test_scoring import scored
 from tests.ranks import run_ranks
 from tests.tiny import tiny_student
 
@@ -93,7 +96,19 @@ def test_samples_stand_beside_the_greedy_response(model, files, capsys):
     assert len({row["response"] for row in rows if row["sample"]}) > 1
     assert set(samples["pass_at_k"]) == {"1", "2", "3"}
     assert result["headline"]["problems"]["samples"] == 1 and len(result["responses"]) == 2
-    assert "mean of 3" in capsys.readouterr().out
+    told = capsys.readouterr()
+    cut = result["headline"]["problems"]["truncated"] + samples["truncated"]
+    assert "mean of 3" in told.out and cut
+    assert told.err.endswith(
+        f"warning: {cut} of 8 responses were cut off at 8 tokens, before they ended; give a larger --max-new-tokens\n"
+    )
+
+
+@pytest.mark.parametrize(("cut", "warns"), [(1, False), (2, True)])
+def test_a_tenth_of_cut_responses_is_no_warning(cut: int, warns: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    result = summarise([scored(ended=place >= cut) for place in range(10)])
+    evaluate.warn_of_cut_responses(Measured(problems=result), 512)
+    assert bool(capsys.readouterr().err) == warns
 
 
 def test_perplexity_alone_needs_no_problems(model, files):

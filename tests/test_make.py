@@ -1,5 +1,6 @@
 """Targets of the Makefile that only hand their variables on."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -16,9 +17,11 @@ def programs(tmp_path: Path) -> Path:
     return program.parent
 
 
-def make(repository: Path, programs: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+def make(
+    repository: Path, programs: Path, *settings: str, target: str = "eval-general"
+) -> subprocess.CompletedProcess[str]:
     # The environment counts as built.
-    command = ["make", "--silent", "--old-file=.venv/.ready", "eval-general", f"BIN={programs}", *settings]
+    command = ["make", "--silent", "--old-file=.venv/.ready", target, f"BIN={programs}", *settings]
     return subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
 
 
@@ -29,6 +32,21 @@ def test_general_tasks_go_to_lm_eval(repository: Path, programs: Path) -> None:
     assert told[:5] == ["[run]", "[--model]", "[hf]", "[--model_args]", "[pretrained=my students/joint/,dtype=auto]"]
     assert told[5:8] == ["[--tasks]", "[mmlu_pro,mbpp]", "[--log_samples]"]
     assert told[-2:] == ["[--limit]", "[8]"]
+
+
+def test_results_of_another_model_of_the_same_name_are_not_taken_for_this_ones(
+    repository: Path, programs: Path, tmp_path: Path
+) -> None:
+    names = ("gsm8k", "math500", "aime24", "amc23", "minerva", "olympiadbench")
+    files = [tmp_path / f"{name}-joint.json" for name in names]
+    for file in files:
+        file.write_text(json.dumps({"settings": {"model": "a/joint"}, "model": {"parameters": 1}}, indent=1))
+    same = make(repository, programs, "MODEL=a/joint/", f"RESULTS={tmp_path}", target="eval-all")
+    told = [f"{name}: {file} is there already" for name, file in zip(names, files, strict=True)]
+    assert (same.returncode, same.stdout.splitlines()) == (0, told), same.stderr
+    other = make(repository, programs, "MODEL=b/joint", f"RESULTS={tmp_path}", target="eval-all")
+    assert other.returncode == 2 and not other.stdout
+    assert f"error: {files[0]} is of another model than b/joint; set RESULTS" in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -145,15 +145,24 @@ def _check_offload(path: Path, zero: Mapping[str, Any], stage: int) -> None:
 
 def check_batches(config: RunConfig, world_size: int) -> None:
     """UserError where a global batch cannot be dealt out evenly to the ranks."""
-    if config.stage == "warmup" and config.warmup.batch_size % world_size:
-        raise UserError(f"warmup.batch_size {config.warmup.batch_size} is not divisible by {world_size} ranks")
-    if config.has_rollouts and config.rollout.prompts % world_size:
-        raise UserError(f"rollout.prompts {config.rollout.prompts} is not divisible by {world_size} ranks")
+    if config.stage == "warmup":
+        _check_dealt("warmup.batch_size", config.warmup.batch_size, world_size)
+    if config.has_rollouts:
+        _check_dealt("rollout.prompts", config.rollout.prompts, world_size)
     responses = config.rollout.prompts * config.rollout.group_size // world_size
     if config.has_rollouts and responses % config.policy.updates_per_rollout:
         raise UserError(
             f"policy.updates_per_rollout {config.policy.updates_per_rollout} does not divide the {responses} responses "
             "of a rank (rollout.prompts * rollout.group_size / ranks)"
+        )
+
+
+def _check_dealt(key: str, number: int, world_size: int) -> None:
+    if number % world_size:
+        fitting = -(-number // world_size) * world_size
+        raise UserError(
+            f"{key} {number} is not divisible by {world_size} ranks; set {key}={fitting}, or take a number of ranks "
+            f"that divides {number}"
         )
 
 

@@ -52,7 +52,8 @@ def read_words(schema: type, words: list[str], option: str, keys: Collection[str
 def as_yaml(config: RunConfig) -> str:
     """Every option of a run with its value, in the order of the schema."""
     tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    # One line for a value: scripts read them.
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=10**9)
 
 
 def read_yaml(path: Path, wanted: str = "a run configuration, for example one of ds_configs/runs/") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from padd_ds.conversion.families import Family, head_dim_of, teacher_tensors
 from padd_ds.errors import UserError
 from padd_ds.files import sha256_of
+from padd_ds.hf import offline_remedy
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -135,7 +136,8 @@ def local_folder(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=DOWNLOADED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{source}: could not be downloaded ({type(error).__name__}); give a local folder") from error
+        remedy = offline_remedy(source, error) or "; give a local folder"
+        raise UserError(f"{source}: could not be downloaded ({type(error).__name__}){remedy}") from error
 
 
 def open_weights(folder: Path, required: list[str], what: str = "teacher") -> TeacherWeights:

@@ -127,7 +127,7 @@ def test_experts_that_are_spread_cannot_be_masked() -> None:
 
 def test_batches_must_be_dealt_out_evenly() -> None:
     check_batches(joint_config(), 2)
-    with pytest.raises(UserError, match=r"rollout\.prompts 2 is not divisible by 4 ranks"):
+    with pytest.raises(UserError, match=r"rollout\.prompts 2 is not divisible by 4 ranks; set rollout\.prompts=4,"):
         check_batches(joint_config(), 4)
     with pytest.raises(UserError, match=r"updates_per_rollout 3 does not divide the 4 responses"):
         check_batches(joint_config(policy={"updates_per_rollout": 3}), 2)

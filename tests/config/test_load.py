@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from padd_ds.config.describe import describe_options
-from padd_ds.config.load import load_run_config
+from padd_ds.config.load import as_yaml, load_run_config
 from padd_ds.errors import UserError
 
 MINIMAL = {
@@ -34,6 +34,11 @@ def test_defaults_then_file_then_overrides(run_yaml: Path) -> None:
     assert config.warmup.kd_weight == 0.25 and config.warmup.init_weight == 0.1
     assert config.data.fields.answer == "target"
     assert config.data_part == "B"
+
+
+def test_a_long_value_stays_on_its_line(run_yaml: Path) -> None:
+    folder = "/a folder" * 30
+    assert f"\nrun_dir: {folder}\n" in as_yaml(load_run_config(run_yaml, [f"run_dir={folder}"]))
 
 
 def test_joint_trains_on_part_c_unless_told_otherwise(run_yaml: Path) -> None:

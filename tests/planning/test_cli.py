@@ -45,7 +45,9 @@ def test_batches_that_cannot_be_dealt_out_are_refused(
 ) -> None:
     with pytest.raises(SystemExit) as refused:
         plan("--config", RUN, "--cluster", CLUSTER, "--nodes", 3)
-    assert refused.value.code == 2 and "rollout.prompts 16 is not divisible by 24 ranks" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert refused.value.code == 2
+    assert "rollout.prompts 16 is not divisible by 24 ranks; set rollout.prompts=24, or take a number of ranks" in told
 
 
 @pytest.mark.parametrize("path", sorted(Path("ds_configs/clusters").glob("*.yaml")), ids=lambda path: path.stem)

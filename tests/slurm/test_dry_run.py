@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from tests.train_inputs import REPOSITORY
 
@@ -57,8 +60,43 @@ def test_the_other_jobs_show_their_command() -> None:
     assert told("slurm/eval.sbatch", "--model", "M") == [f"# {sys.executable} -m padd_ds.evaluate --model M"]
 
 
-def test_every_job_of_the_pipeline_waits_for_the_one_that_it_reads_from() -> None:
-    variables = {"TEACHER": "T", "DATA": "d.jsonl", "WORK": "w"}
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """Variables of a job of two nodes of two ranks, whose srun tells its arguments."""
+    for name, line in (("srun", 'echo "srun $*"'), ("scontrol", "echo NodeAddr=one; echo two")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "one,two", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "4"}
+    return job | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PADD_LOGS": str(tmp_path / "logs"), "DRY_RUN": "0"}
+
+
+@pytest.mark.parametrize(("cores", "option"), [("8", "--cpus-per-task=8 "), ("", "")])
+def test_the_ranks_get_the_cores_that_the_job_asked_for(slurm: dict[str, str], cores: str, option: str) -> None:
+    started = told("slurm/joint.sbatch", "run_dir=absent", **slurm, SLURM_CPUS_PER_TASK=cores)[-1]
+    assert started.startswith(f"srun {option}--kill-on-bad-exit=1 ") and "train.py" in started
+
+
+def test_a_job_without_a_number_of_ranks_names_the_option(slurm: dict[str, str]) -> None:
+    refused = dry_run("slurm/joint.sbatch", **slurm | {"SLURM_NTASKS": ""})
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "--ntasks-per-node" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "rows.parquet", "folder.jsonl"])
+def test_the_pipeline_refuses_problems_that_the_calibration_cannot_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "rows.parquet").touch()
+    (tmp_path / "folder.jsonl").mkdir()
+    refused = dry_run("slurm/pipeline.sh", TEACHER="T", DATA=str(tmp_path / name), WORK="w")
+    assert refused.returncode == 2 and not refused.stdout
+    assert (
+        refused.stderr.startswith(f"error: DATA={tmp_path / name} is no .jsonl file")
+        and refused.stderr.count("\n") == 1
+    )
+
+
+def test_every_job_of_the_pipeline_waits_for_the_one_that_it_reads_from(tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.touch()
+    variables = {"TEACHER": "T", "DATA": str(data), "WORK": "w"}
     jobs = told("slurm/pipeline.sh", "--nodes", "2", **variables)
     scripts = ["teacher_grpo", "convert", "warmup", "joint", "eval", "eval"]
     behind = [None, "teacher-grpo", "convert", "warmup", "joint", "joint"]
