@@ -59,7 +59,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the YAML file")
-    parsed = parser.parse_args(arguments)
+    # Overrides may stand before and behind other options.
+    parsed = parser.parse_intermixed_args(arguments)
     if parsed.config is None and not parsed.options:
         parser.error("--config is needed (see --options for what it may hold)")
     return parsed

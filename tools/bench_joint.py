@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of every variant, one more first (default %(default)s)")
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all variants")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.steps < 2:
         parser.error(f"--steps {arguments.steps} is too few for a spread; take 2 or more")
     if arguments.only is not None:

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="by the clock, and as many profiled (default %(default)s)")
     parser.add_argument("--skip", type=int, default=2, help="steps before, which warm up (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as of padd_ds/train.py")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.steps < 1 or arguments.skip < 0:
         raise UserError(f"--steps {arguments.steps} must be at least 1 and --skip {arguments.skip} at least 0")
     ranks = start_ranks()
