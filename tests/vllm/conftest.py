@@ -21,8 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def vllm_options(**options: Any) -> VllmConfig:
-    """A small server on a CPU, which starts without compiling."""
-    return VllmConfig(python=PYTHON, cache_gib=0.25, arguments=["--enforce-eager", "--max-num-seqs", "64"], **options)
+    """A small server on a CPU, which starts without compiling and reads few prompts at once."""
+    arguments = ["--enforce-eager", "--max-num-seqs", "64", "--max-num-batched-tokens", "64"]
+    return VllmConfig(python=PYTHON, cache_gib=0.25, arguments=arguments, **options)
 
 
 def save_student(folder: Path) -> Path:
