@@ -24,6 +24,8 @@ def check_output_free(path: Path, overwrite: bool) -> None:
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"{path} cannot be created: {parent} is a file, not a folder; choose another output")
     if not os.access(parent, os.W_OK):
         raise UserError(f"{path} cannot be created: no permission to write in {parent}")
 
