@@ -17,6 +17,7 @@ from padd_ds.checkpoint.layout import STUDENT, Checkpoint
 from padd_ds.config.load import as_yaml
 from padd_ds.config.schema import RunConfig
 from padd_ds.conversion.card import CARD_NAME, LICENCE_FILES
+from padd_ds.conversion.companions import write_generation_config
 from padd_ds.errors import UserError
 from padd_ds.files import staged_directory, write_text_whole
 
@@ -55,9 +56,10 @@ def keep_student_files(folder: Path, model: Any, tokenizer: Any, source: Path) -
 
     That is config, tokenizer, conversion files, card and licence.
     """
+    source = source.expanduser()
     with staged_directory(folder / STUDENT, overwrite=True) as staged:
         model.config.save_pretrained(staged)
-        model.generation_config.save_pretrained(staged)
+        write_generation_config(source, staged, model.generation_config)
         tokenizer.save_pretrained(staged)
         for pattern in ("padd_*", CARD_NAME, *LICENCE_FILES) if source.is_dir() else ():
             for path in source.glob(pattern):
