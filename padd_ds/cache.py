@@ -47,7 +47,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--shard-rows", type=int, default=1024, help="questions per file (default %(default)s)")
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=int, default=32, help="rows at once (default %(default)s)")
-    run.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu")
+    run.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu, bfloat16 elsewhere"
+    )
     run.add_argument("--device", help="such as cpu or cuda:1 (default: an accelerator if there is one)")
     run.add_argument("--seed", type=int, default=0, help="of what --responses draws")
     return parser.parse_args(argv)

@@ -319,6 +319,14 @@ def test_chat_without_a_template_is_refused_as_by_padd_eval(folder):
         cache.main([*words[:place], *words[place + 2 :], "--chat"])
 
 
+def test_worked_answers_are_solutions_too(folder):
+    rows = [{"question": row["question"], "answer": f"so\n#### {row['answer']}"} for row in ROWS]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [word for word in arguments(folder, "--gold-format", "gsm8k") if word not in OPTIONS[:2]]
+    cache.main(words)
+    assert {one.solution for one in offline.read_responses(folder / "cache")} == {"so"}
+
+
 def test_help_is_of_this_command(capsys):
     with pytest.raises(SystemExit):
         cache.parse_args(["--help"])
