@@ -5,11 +5,16 @@ from pathlib import Path
 
 from padd_ds.data.answers import AnswerFormat
 from padd_ds.data.problems import Problem
-from padd_ds.data.prompts import resolve_template
+from padd_ds.data.prompts import check_target, resolve_template
 from padd_ds.data.split import DEFAULT_FRACTIONS, add_part_fractions, split_problems
 from padd_ds.errors import UserError, run_cli
 from padd_ds.evaluate import chat_template, read_problems
-from padd_ds.evaluation.arguments import add_problem_options, add_prompt_options, check_at_least
+from padd_ds.evaluation.arguments import (
+    add_problem_options,
+    add_prompt_options,
+    check_at_least,
+    check_problems_and_prompts,
+)
 from padd_ds.files import check_output_free
 
 EPILOG = """examples:
@@ -25,8 +30,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--teacher", required=True, metavar="DIR", help="dense checkpoint folder or hub id")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    add_problem_options(parser)
-    add_prompt_options(parser)
+    problems = add_problem_options(parser)
+    problems.add_argument("--subject-field", metavar="NAME", help="kept beside every target")
+    problems.add_argument("--solution-field", metavar="NAME", help="worked solutions, learnt where none are drawn")
+    parser.set_defaults(level_field=None)
+    add_prompt_options(parser, template="plain", drawn_by="--responses")
     what = parser.add_argument_group("what is recorded")
     what.add_argument("--part", choices=[*"ABCD", "all"], default="all", help="part of the training set (default all)")
     add_part_fractions(what)
@@ -39,7 +47,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--shard-rows", type=int, default=1024, help="questions per file (default %(default)s)")
     run = parser.add_argument_group("run")
     run.add_argument("--batch-size", type=int, default=32, help="rows at once (default %(default)s)")
-    run.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu")
+    run.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on cpu, bfloat16 elsewhere"
+    )
     run.add_argument("--device", help="such as cpu or cuda:1 (default: an accelerator if there is one)")
     run.add_argument("--seed", type=int, default=0, help="of what --responses draws")
     return parser.parse_args(argv)
@@ -48,6 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_arguments(args)
+    template = chat_template(args.template, args.chat) if args.template else resolve_template("plain")
     answer_format = AnswerFormat(name=args.answer_format, pattern=args.pattern)
     problems = chosen_part(read_problems(args), args)
 
@@ -64,7 +75,6 @@ def main(argv: list[str] | None = None) -> None:
         temperature=args.temperature,
         top_p=args.top_p,
     )
-    template = chat_template(args.template, args.chat) if args.template else resolve_template("plain")
     options = RecordOptions(
         template=template,
         target=args.target,
@@ -76,7 +86,12 @@ def main(argv: list[str] | None = None) -> None:
         shard_rows=args.shard_rows,
         seed=args.seed,
     )
-    source = {"teacher": args.teacher, "weights": weights_hash(model), "vocabulary": model.config.vocab_size}
+    source = {
+        "teacher": args.teacher,
+        "weights": weights_hash(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "vocabulary": model.config.vocab_size,
+    }
     counts = record(model, tokenizer, problems, options, args.output, source)
     print(f"{args.output}: {counts['targets']} targets to {counts['questions']} of {len(problems)} questions")
 
@@ -86,17 +101,22 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_output_free(args.output, overwrite=False)
     if not (args.benchmark or args.data):
         raise UserError("nothing to record; give --data")
-    check_at_least(args, {"top_k": 0, "responses": 0, "max_length": 2, "shard_rows": 1, "batch_size": 1})
+    check_problems_and_prompts(args)
+    check_at_least(args, {"top_k": 0, "responses": 0, "max_length": 2, "shard_rows": 1})
+    if args.responses > 1 and args.temperature == 0:
+        raise UserError(
+            f"--responses {args.responses} at --temperature 0 are all the same; pass a higher one, or --responses 1"
+        )
+    check_target(args.target)
     if args.responses == 0 and args.top_k == 0:
         raise UserError("--top-k 0 without --responses records nothing; pass one of them")
-    if args.responses == 0 and not args.solution_field and "{solution}" in args.target:
+    solutions = args.solution_field or args.gold_format != "plain"
+    if args.responses == 0 and not solutions and "{solution}" in args.target:
         raise UserError(
             "--solution-field is missing: it names what is learnt; or pass --responses, or another --target"
         )
     if args.part == "all" and args.part_fractions is not None:
         raise UserError("--part-fractions are those of --part; pass that too")
-    if args.samples:
-        raise UserError("--samples belongs to padd-eval; here it is --responses")
 
 
 def chosen_part(problems: list[Problem], args: argparse.Namespace) -> list[Problem]:
@@ -105,7 +125,9 @@ def chosen_part(problems: list[Problem], args: argparse.Namespace) -> list[Probl
         return problems
     part = split_problems(problems, args.part_fractions or DEFAULT_FRACTIONS).parts[args.part]
     if not part:
-        raise UserError(f"--part {args.part} of {args.data} has no problem; give more data, or --part all")
+        raise UserError(
+            f"--part {args.part} of {args.data or args.benchmark} has no problem; give more data, or --part all"
+        )
     return part
 
 

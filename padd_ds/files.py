@@ -21,9 +21,16 @@ def check_output_free(path: Path, overwrite: bool) -> None:
     """Refuse an output that exists (unless `overwrite`) or whose parent cannot be written."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} already exists; choose another output or pass --overwrite")
+    check_creatable(path)
+
+
+def check_creatable(path: Path) -> None:
+    """UserError for a path below a file or in a folder that cannot be written."""
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"{path} cannot be created: {parent} is a file, not a folder; choose another place")
     if not os.access(parent, os.W_OK):
         raise UserError(f"{path} cannot be created: no permission to write in {parent}")
 

@@ -4,12 +4,14 @@ Legend: P prompts, B rows, L = T + R tokens of prompt and response, T prompt tok
 """
 
 import hashlib
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -37,8 +39,10 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
         raise UserError(f"{source}: no config.json in it; give a Hugging Face checkpoint folder")
     location = str(folder) if looks_local else source
     try:
+        if looks_local and not isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict):
+            raise ValueError("config.json holds no JSON object")
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(
             f"{source}: no readable model config ({_first_line(error)}){offline_remedy(source, error)}"
         ) from error
@@ -79,8 +83,10 @@ def load_skeleton(source: str, dtype: torch.dtype) -> Any:
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id, padded on the left; its pad token falls back to the end token."""
+    folder = Path(source).expanduser()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        location = str(folder) if folder.is_dir() else source
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{source}: no readable tokenizer ({_first_line(error)}){offline_remedy(source, error)}"
@@ -179,4 +185,6 @@ def position_ids(mask_BL: torch.Tensor) -> torch.Tensor:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first line of its message, with the next where it ends in a colon."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first

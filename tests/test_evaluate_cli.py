@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from padd_ds import evaluate
 from padd_ds.errors import UserError
@@ -228,6 +229,11 @@ def test_overlap_of_training_data_needs_no_model(files, capsys):
         (["--template", "none"], r"lacks \{question\}"),
         (["--limit", "0"], "--limit 0 must be at least 1"),
         (["--samples", "-1"], "--samples -1 must be at least 0"),
+        (["--tolerance", "nan"], "--tolerance nan must be a finite number"),
+        (["--output", "{files}/text.txt/out.json"], r"out\.json cannot be created: .*text\.txt is a file"),
+        (["--samples", "2", "--temperature", "inf"], "--temperature inf must be a finite number"),
+        (["--template", "{question} {queston}"], r"did you mean \{question\}"),
+        (["--chat"], "--chat goes with --template"),
         (["--tolerance", "-0.1"], r"--tolerance -0\.1 must be at least 0"),
         (["--samples", "2", "--temperature", "0"], "--temperature 0.0 must be above 0"),
         (["--samples", "2", "--top-p", "2"], "--top-p 2.0 must be above 0 and at most 1"),
@@ -265,6 +271,17 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_torch_is_loaded(files):
     assert "line 1 has no 'query'" in lines[0]
     assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not (files / "out.json").exists()
+
+
+def test_a_perplexity_that_is_not_finite_is_told_before_any_response(files, tmp_path):
+    broken = tiny_student(vocabulary=len(VOCABULARY))
+    torch.nn.init.constant_(broken.model.norm.weight, torch.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    character_tokenizer().save_pretrained(tmp_path / "broken")
+    before = sorted(files.iterdir())
+    with pytest.raises(UserError, match="the perplexity is not finite"):
+        evaluate.main(arguments(tmp_path / "broken", files, "--perplexity", str(files / "text.txt"), "--window", "16"))
+    assert sorted(files.iterdir()) == before
 
 
 def test_nothing_to_evaluate_is_refused(model, files):

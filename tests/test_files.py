@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from padd_ds import files
 from padd_ds.errors import UserError
-from padd_ds.files import disk_full_is_user_error, staged_directory, write_text_whole
+from padd_ds.files import check_output_free, disk_full_is_user_error, staged_directory, write_text_whole
+from padd_ds.run.folder import check_run_folder
 
 # A device that answers every write as a full disk does.
 FULL = Path("/dev/full")
@@ -51,6 +52,15 @@ def test_staged_folder_is_gone_after_an_error_and_the_old_one_stays(tmp_path: Pa
         raise RuntimeError("half way")
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
     assert [path.name for path in output.iterdir()] == ["old"]
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for below in ("o.json", "folder/o.json"):
+        with pytest.raises(UserError, match=r"o\.json cannot be created: .*file is a file, not a folder"):
+            check_output_free(tmp_path / "file" / below, overwrite=True)
+    with pytest.raises(UserError, match="file is a file, not a folder"):
+        check_run_folder(tmp_path / "file" / "run", resume=False)
 
 
 def test_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ TOLD_METRICS = {
 def licence(facts: RunFacts) -> Licence:
     """The licence that the run's student came with, else that of the folders it was made from."""
     sources = [facts.option("model.student"), _teacher(facts)]
-    return licence_of([facts.run / STUDENT, *(Path(source) for source in sources if source)])
+    return licence_of([facts.run / STUDENT, *(Path(source).expanduser() for source in sources if source)])
 
 
 def model_card(name: str, facts: RunFacts, config: Facts, weights: SavedWeights, check: str, format_name: str) -> str:
@@ -184,6 +184,7 @@ def _training(facts: RunFacts) -> dict[str, str]:
     rows = {
         "teacher": _named(option("model.teacher")),
         "data": _data(facts),
+        **_recorded(facts),
         "prompt template": option("data.template") if option("data.source") else None,
         "steps": f"{facts.checkpoint.step} of {option('steps')}" if option("steps") else str(facts.checkpoint.step),
         "learning rate": option("optimizer.learning_rate"),
@@ -220,6 +221,13 @@ def _data(facts: RunFacts) -> str | None:
         return known_as(facts.option("data.source"), "dataset") + (f", part {part}" if part else "")
     corpora = [Path(one["prefix"]).name for one in facts.option("warmup.corpora") or ()]
     return ", ".join(corpora) or None
+
+
+def _recorded(facts: RunFacts) -> dict[str, str | None]:
+    """The folders of padd-cache that the stage learnt from, by their options."""
+    stage = facts.checkpoint.facts["stage"]
+    keys = ["warmup.responses", "warmup.teacher_cache"] if stage == "warmup" else ["rollout.guidance"]
+    return {f"recorded teacher (`{key}`)": _named(facts.option(key)) for key in keys}
 
 
 def _versions(environment: Facts) -> str | None:

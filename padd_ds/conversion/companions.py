@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from padd_ds.conversion.card import CARD_NAME, card_text, code, hub_id, known_as, licence_of
 from padd_ds.conversion.options import ConversionOptions, Slicing
@@ -88,13 +89,16 @@ def _name_tokenizer_class(folder: Path, class_name: str) -> None:
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_generation_config(teacher: Path, student: Path, config: Any) -> None:
-    """The teacher's generation config, or one made from its model config."""
-    source = teacher / "generation_config.json"
-    if source.is_file():
-        shutil.copyfile(source, student / source.name)
+def write_generation_config(source: Path, folder: Path, loaded: GenerationConfig) -> None:
+    """The generation config of the folder `source`, as it is there; `loaded` where there is none.
+
+    Never by `save_pretrained`, which refuses some that transformers loads, such as a temperature without do_sample.
+    """
+    there, path = source / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME
+    if there.is_file():
+        shutil.copyfile(there, path)
     else:
-        GenerationConfig.from_model_config(config).save_pretrained(student)
+        path.write_text(loaded.to_json_string(), encoding="utf-8")
 
 
 def write_card(folder: Path, teacher: Path, options: ConversionOptions, slicing: Slicing) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from padd_ds.conversion.companions import copy_tokenizer, write_card, write_generation_config
 from padd_ds.conversion.exactness import Exactness, conclude
@@ -113,7 +114,7 @@ def _conclude(plan: Plan, states: States, layer_error: float) -> tuple[Exactness
 
 def _write_companions(plan: Plan, result: Path) -> None:
     plan.student_config.save_pretrained(result)
-    write_generation_config(plan.teacher.folder, result, plan.teacher.config)
+    write_generation_config(plan.teacher.folder, result, GenerationConfig.from_model_config(plan.teacher.config))
     copy_tokenizer(plan.teacher.folder, result, plan.options.trust_remote_code)
     write_card(result, plan.teacher.folder, plan.options, plan.slicing)
 

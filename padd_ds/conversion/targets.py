@@ -94,7 +94,7 @@ def save_targets(
 
 def load_targets(folder: Path) -> ConversionTargets:
     """The targets in a student's folder; UserError where the file is absent, damaged or of another version."""
-    path = folder / FILE_NAME
+    path = folder.expanduser() / FILE_NAME
     if not path.is_file():
         raise UserError(f"{path}: no such file; {folder} must be written by padd-convert")
     try:

@@ -1,6 +1,7 @@
 """The options of padd-eval, and what can be refused of them before anything is read."""
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,8 +70,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="no model: a page in --output on folders of training runs, side by side; --compare adds results",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    add_problem_options(parser)
-    add_prompt_options(parser)
+    problems = add_problem_options(parser)
+    problems.add_argument("--subject-field", metavar="NAME", help="report Pass@1 by this field too")
+    problems.add_argument("--level-field", metavar="NAME", help="and by this one")
+    problems.add_argument("--solution-field", metavar="NAME", help="measure the perplexity of these texts too")
+    prompts = add_prompt_options(parser, template="chat-boxed or boxed", drawn_by="--samples")
+    prompts.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="beside the greedy response, draw N for Avg@N and Pass@k (default: 32 for aime24, else 0)",
+    )
     text = parser.add_argument_group("perplexity")
     text.add_argument("--perplexity", type=Path, metavar="TEXTFILE", help="plain text to measure it on")
     text.add_argument("--window", type=int, default=256, help="tokens per window (default %(default)s)")
@@ -126,8 +136,8 @@ def add_routing_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_problem_options(parser: argparse.ArgumentParser) -> None:
-    """Which problems; read by `read_problems`."""
+def add_problem_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which problems; read by `read_problems`, with the fields that a command adds to the group that is returned."""
     problems = parser.add_argument_group("problems")
     source = problems.add_mutually_exclusive_group()
     source.add_argument("--benchmark", choices=BENCHMARKS, help="a public benchmark")
@@ -136,20 +146,19 @@ def add_problem_options(parser: argparse.ArgumentParser) -> None:
     problems.add_argument("--split", help="split of --data")
     problems.add_argument("--question-field", default="question", metavar="NAME")
     problems.add_argument("--answer-field", default="answer", metavar="NAME")
-    problems.add_argument("--subject-field", metavar="NAME", help="report Pass@1 by this field too")
-    problems.add_argument("--level-field", metavar="NAME", help="and by this one")
-    problems.add_argument("--solution-field", metavar="NAME", help="measure the perplexity of these texts too")
     problems.add_argument("--gold-format", choices=GOLD_FORMATS, default="plain", help="how rows hold it")
     problems.add_argument("--limit", type=int, metavar="N", help="the first N problems only")
+    return problems
 
 
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """How they are put, and answers found."""
+def add_prompt_options(parser: argparse.ArgumentParser, *, template: str, drawn_by: str) -> argparse._ArgumentGroup:
+    """How they are put, and answers found. For --help: the default template, and the option by which responses are
+    drawn."""
     prompts = parser.add_argument_group("prompts and answers")
     prompts.add_argument(
         "--template",
         metavar="NAME_OR_TEXT",
-        help=f"{', '.join(TEMPLATES)}, or text with {{question}} (default: chat-boxed or boxed)",
+        help=f"{', '.join(TEMPLATES)}, or text with {{question}} (default: {template})",
     )
     prompts.add_argument("--chat", action="store_true", help="put --template in the model's chat template")
     prompts.add_argument("--answer-format", choices=ANSWER_FORMATS, default="auto", help="default: %(default)s")
@@ -161,15 +170,10 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         help="of the gold answer, by which a number may miss it (default: the benchmark's, 0.01 for minerva, else 0)",
     )
     prompts.add_argument("--max-new-tokens", type=int, default=512, help="per response (default %(default)s)")
-    prompts.add_argument(
-        "--samples",
-        type=int,
-        metavar="N",
-        help="beside the greedy response, draw N for Avg@N and Pass@k (default: 32 for aime24, else 0)",
-    )
-    prompts.add_argument("--temperature", type=float, default=1.0, help="of --samples (default %(default)s)")
-    prompts.add_argument("--top-p", type=float, default=1.0, help="of --samples (default %(default)s)")
+    prompts.add_argument("--temperature", type=float, default=1.0, help=f"of {drawn_by} (default %(default)s)")
+    prompts.add_argument("--top-p", type=float, default=1.0, help=f"of {drawn_by} (default %(default)s)")
     prompts.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer")
+    return prompts
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -184,20 +188,26 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output} is a folder; name a file")
     if not (args.benchmark or args.data or args.perplexity):
         raise UserError("nothing to evaluate; give --benchmark, --data or --perplexity")
-    if args.data_dir and not args.benchmark:
-        raise UserError("--data-dir goes with --benchmark; a file of your own is named by --data")
     if args.samples and not (args.benchmark or args.data):
         raise UserError("--samples goes with --benchmark or --data")
     if args.routing and not args.solution_field:
         raise UserError("--routing follows worked solutions; name their field by --solution-field")
     check_backend(args)
     check_routing(args)
-    if args.chat and not args.template:
-        raise UserError("--chat goes with --template")
-    counts = ("limit", "max_windows", "batch_size", "max_new_tokens", "check_workers")
-    check_at_least(args, dict.fromkeys(counts, 1) | {"window": 2, "samples": 0, "tolerance": 0})
     if args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature} must be above 0; the greedy response is always made")
+    check_problems_and_prompts(args)
+    check_at_least(args, {"max_windows": 1, "check_workers": 1, "window": 2, "samples": 0, "check_timeout": 0})
+
+
+def check_problems_and_prompts(args: argparse.Namespace) -> None:
+    """UserError for options of `add_problem_options` and `add_prompt_options` that are not right."""
+    if args.data_dir and not args.benchmark:
+        raise UserError("--data-dir goes with --benchmark; a file of your own is named by --data")
+    if args.chat and not args.template:
+        raise UserError("--chat goes with --template")
+    counts = ("limit", "batch_size", "max_new_tokens")
+    check_at_least(args, dict.fromkeys(counts, 1) | {"tolerance": 0, "temperature": 0})
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
 
@@ -261,8 +271,9 @@ def page_files(output: Path) -> Path:
 
 
 def check_at_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:
-    """UserError for the first of these options that is given and below its bound."""
+    """UserError for the first of these options that is given and below its bound, or no finite number."""
     for name, bound in least.items():
         value = getattr(args, name)
-        if value is not None and value < bound:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {bound}")
+        if value is not None and not (math.isfinite(value) and value >= bound):
+            finite = "" if math.isfinite(value) else "a finite number, "
+            raise UserError(f"--{name.replace('_', '-')} {value} must be {finite}at least {bound}")

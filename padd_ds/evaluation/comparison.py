@@ -51,8 +51,11 @@ class Comparison:
 def compare(paths: Sequence[Path]) -> list[Comparison]:
     """One comparison for every set of questions, in the order in which they come up.
 
-    UserError: a file that is no result on problems, or one that is alone on its questions.
+    UserError: a file that is no result on problems, one that is named twice, or one that is alone on its questions.
     """
+    twice = [path for place, path in enumerate(paths) if path.resolve() in {one.resolve() for one in paths[:place]}]
+    if twice:
+        raise UserError(f"{twice[0]} is named twice; name every result once")
     documents = {path: _read(path) for path in paths}
     by_questions: dict[str, list[Path]] = {}
     for path, document in documents.items():
@@ -156,6 +159,8 @@ def _read(path: Path) -> Values:
         raise UserError(
             f"{path}: is no result of padd-eval on problems ({error!r}); name the file of its --output"
         ) from error
+    if not any(document[part] for part in PARTS.values()):
+        raise UserError(f"{path}: holds no response, and responses are what is compared; evaluate on problems too")
     return document
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from padd_ds.errors import UserError
 from padd_ds.files import disk_full_is_user_error, write_text_whole
 
+PLAN_NAME = "plan.json"
+"""In a work folder: what makes the work the same."""
 Key = tuple[int, int]
 """Number of the problem from 0; number of the response to it: 0 is the greedy one, those from 1 on are drawn."""
 
@@ -128,30 +130,41 @@ def open_work(output: Path, plan: dict[str, Any], overwrite: bool) -> None:
     UserError: one with other settings is there. With `overwrite` it is deleted. `plan` holds plain JSON values.
     """
     folder = work_folder(output)
-    mark = folder / "plan.json"
-    try:
-        there = json.loads(mark.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # none, or killed before the first response
-        there = None
+    there = kept_plan(folder, "rank_*.jsonl")
     if there != plan:
-        if not any(folder.glob("rank_*.jsonl")):
-            there = None  # it ended before the first response
         if there is not None and not overwrite:
-            changed = sorted(key for key in there.keys() | plan.keys() if there.get(key) != plan.get(key))
             raise UserError(
-                f"{folder}: an interrupted evaluation with another {', '.join(changed)} is kept there; repeat its "
-                "command to finish it, pass --overwrite to delete it, or choose another output"
+                f"{folder}: an interrupted evaluation with another {changed_keys(there, plan)} is kept there; repeat "
+                "its command to finish it, pass --overwrite to delete it, or choose another output"
             )
         shutil.rmtree(folder, ignore_errors=True)
     with _on_full_disk(output):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text_whole(mark, json.dumps(plan))
+        write_text_whole(folder / PLAN_NAME, json.dumps(plan))
 
 
-def finish_work(output: Path, responses: Iterable[ScoredResponse]) -> None:
-    """Write the responses beside `output`, in the order of problems, and delete the work folder."""
+def kept_plan(folder: Path, pieces: str) -> dict[str, Any] | None:
+    """The plan of a work folder; None without one, or before the first of its files that match `pieces`."""
+    try:
+        plan: dict[str, Any] = json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return plan if any(folder.glob(pieces)) else None
+
+
+def changed_keys(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Those of two plans whose values differ."""
+    return ", ".join(sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)))
+
+
+def finish_work(output: Path, responses: Iterable[ScoredResponse], result: str) -> None:
+    """Write the responses beside `output`, in the given order, then `result` to it; the work folder goes last.
+
+    Until then the evaluation can be repeated from it.
+    """
     lines = [json.dumps(asdict(response), ensure_ascii=False) + "\n" for response in responses]
     write_text_whole(responses_file(output), "".join(lines))
+    write_text_whole(output, result)
     shutil.rmtree(work_folder(output))
 
 

@@ -5,7 +5,7 @@ Shapes: N windows, B windows of a batch, T tokens of a window, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, isfinite
 from typing import Any
 
 import torch
@@ -42,23 +42,23 @@ def perplexity(
     """Perplexity over the first `max_windows` (default: all) non-overlapping windows of `text`.
 
     Every token of a window but its first is predicted, from those before it in the same window; no
-    begin-of-text token is added, and what does not fill a window is left out.
+    begin-of-text token is added, and what does not fill a window is left out. UserError where the loss is not finite.
     """
     if window < 2:
         raise UserError(f"perplexity window {window} must be at least 2 tokens")
     ids_NT = text_windows(text, tokenizer, window, max_windows)
     nll_sum = sum(_nll_sum(model, ids_BT.to(model.device)) for ids_BT in ids_NT.split(batch_size))
-    tokens = ids_NT.shape[0] * (window - 1)
-    mean = nll_sum / tokens
-    value = exp(mean) if mean < 700 else float("inf")
-    return Perplexity(value=value, nll_mean_nats=mean, tokens=tokens, windows=ids_NT.shape[0], window=window)
+    return _measured(nll_sum, ids_NT.shape[0] * (window - 1), ids_NT.shape[0], window)
 
 
 @torch.inference_mode()
 def solution_perplexity(
     model: Any, tokenizer: Any, prompts: Sequence[str], solutions: Sequence[str], batch_size: int = 32
 ) -> Perplexity:
-    """Perplexity of worked solutions and their end token, each given its prompt; `window` is the longest row."""
+    """Perplexity of worked solutions and their end token, each given its prompt; `window` is the longest row.
+
+    UserError where the loss is not finite.
+    """
     nll_sum, tokens, longest = 0.0, 0, 0
     for start in range(0, len(prompts), batch_size):
         rows = slice(start, start + batch_size)
@@ -71,9 +71,18 @@ def solution_perplexity(
         longest = max(longest, ids_BT.shape[1])
     if tokens == 0:
         raise UserError("no solution has a token; check --solution-field")
+    return _measured(nll_sum, tokens, len(prompts), longest)
+
+
+def _measured(nll_sum: float, tokens: int, windows: int, window: int) -> Perplexity:
     mean = nll_sum / tokens
+    if not isfinite(mean):
+        raise UserError(
+            f"the perplexity is not finite (mean loss {mean} nats): the model's logits are not; check its weights, "
+            "or measure with --dtype float32"
+        )
     value = exp(mean) if mean < 700 else float("inf")
-    return Perplexity(value=value, nll_mean_nats=mean, tokens=tokens, windows=len(prompts), window=longest)
+    return Perplexity(value=value, nll_mean_nats=mean, tokens=tokens, windows=windows, window=window)
 
 
 def _nll_sum(model: Any, ids_BT: torch.Tensor) -> float:

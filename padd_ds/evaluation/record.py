@@ -22,7 +22,14 @@ from padd_ds.data.problems import Problem
 from padd_ds.data.prompts import PromptTemplate, render, render_target
 from padd_ds.errors import UserError
 from padd_ds.evaluation.generate import GenerationOptions, generate_responses
-from padd_ds.files import check_output_free, disk_full_is_user_error, give_usual_modes, replace_folder
+from padd_ds.evaluation.kept import PLAN_NAME, changed_keys, kept_plan, work_folder
+from padd_ds.files import (
+    check_output_free,
+    disk_full_is_user_error,
+    give_usual_modes,
+    replace_folder,
+    write_text_whole,
+)
 from padd_ds.hf import response_logits
 from padd_ds.losses.distillation import top_outcomes
 from padd_ds.losses.tokens import CHUNK_TOKENS
@@ -37,7 +44,7 @@ SCORED_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class RecordOptions:
-    """What is recorded; part of what makes two recordings the same."""
+    """What is recorded."""
 
     template: PromptTemplate
     target: str = "{solution}"
@@ -66,16 +73,15 @@ def record(
     """Write the cache of `problems` to the folder `output`, whole or not at all; returns its counts.
 
     `source` names teacher and data. An interrupted recording lies in `.NAME.partial` beside it and is continued by
-    the same call. UserError: `output` exists, no target is left, the disk is full.
+    the same call. UserError: `output` exists, another recording was interrupted there, no target is left, the disk is
+    full.
     """
     check_output_free(output, overwrite=False)
     if options.responses == 0 and options.top_k == 0:
         raise UserError("nothing to record; ask for responses, likelihoods (top_k above 0), or both")
-    plan = json.dumps([source, asdict(options), [asdict(problem) for problem in problems]], sort_keys=True)
-    fingerprint = hashlib.sha256(plan.encode()).hexdigest()
-    work = output.absolute().with_name(f".{output.name}.partial")
+    work = work_folder(output)
     with disk_full_is_user_error(output, hint=f"what was recorded stays in {work}; free some space and repeat"):
-        _open_work(work, fingerprint)
+        _open_work(work, _plan(source, options, problems))
         shards = [problems[start : start + options.shard_rows] for start in range(0, len(problems), options.shard_rows)]
         paths = [work / f"shard_{number:05d}.safetensors" for number in range(len(shards))]
         for number, shard in enumerate(tqdm(shards, desc="recording", unit="shard", dynamic_ncols=True)):
@@ -97,13 +103,28 @@ def weights_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _open_work(work: Path, plan: str) -> None:
-    """A work folder for this plan: the one that an interruption left, or a new one."""
-    mark = work / "plan"
-    if work.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == plan):
-        shutil.rmtree(work)
+def _plan(source: dict[str, Any], options: RecordOptions, problems: Sequence[Problem]) -> dict[str, Any]:
+    """What makes two recordings the same, as JSON holds it: all but the size of a batch, as in an evaluation."""
+    settings = asdict(options)
+    generation = settings.pop("generation")
+    drawn = {name: generation[name] for name in ("max_new_tokens", "stop", "temperature", "top_p")}
+    asked = json.dumps([asdict(problem) for problem in problems])
+    sha256 = hashlib.sha256(asked.encode()).hexdigest()
+    return json.loads(json.dumps({**source, **settings, **drawn, "problems_sha256": sha256}))
+
+
+def _open_work(work: Path, plan: dict[str, Any]) -> None:
+    """A work folder for this plan: the one that an interruption left, or a new one. UserError: one of another plan."""
+    there = kept_plan(work, "shard_*.safetensors")
+    if there != plan:
+        if there is not None:
+            raise UserError(
+                f"{work}: an interrupted recording with another {changed_keys(there, plan)} is kept there; repeat its "
+                "command to finish it, delete that folder, or choose another output"
+            )
+        shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    mark.write_text(plan, encoding="utf-8")
+    write_text_whole(work / PLAN_NAME, json.dumps(plan))
 
 
 def _is_whole(path: Path) -> bool:
@@ -180,6 +201,6 @@ def _finish(work: Path, paths: Sequence[Path], options: RecordOptions, source: d
     responses.write_text("\n".join(lines) + "\n", encoding="utf-8")
     counts = {"targets": len(targets), "questions": len({target["question"] for target in targets})}
     write_index(work, {**source, "top_k": options.top_k, **counts}, responses, paths)
-    (work / "plan").unlink()
+    (work / PLAN_NAME).unlink()
     give_usual_modes(work)
     return counts

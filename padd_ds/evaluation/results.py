@@ -33,13 +33,12 @@ class Measured:
 def write_result(path: Path, settings: dict[str, Any], model: dict[str, Any], measured: Measured) -> None:
     """Write headline numbers, settings, versions, `model_facts` and every verdict to `path`, whole or not at all.
 
-    The responses themselves go beside it, into `responses_file(path)`, before.
+    The responses themselves go beside it, into `responses_file(path)`, before. After a kill the same evaluation
+    writes both again.
     """
     responses = [
         response for result in (measured.problems, measured.samples) if result for response in result.responses
     ]
-    if responses:
-        finish_work(path, sorted(responses, key=lambda response: response.key))
     document = {
         "headline": headline(measured),
         "settings": settings,
@@ -49,7 +48,11 @@ def write_result(path: Path, settings: dict[str, Any], model: dict[str, Any], me
         "responses": _verdicts(measured.problems),
         "sampled_responses": _verdicts(measured.samples),
     }
-    write_text_whole(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    if responses:
+        finish_work(path, sorted(responses, key=lambda response: response.key), text)
+    else:
+        write_text_whole(path, text)
 
 
 def headline(measured: Measured) -> dict[str, Any]:

@@ -17,19 +17,22 @@ from padd_ds.checkpoint.layout import STUDENT, Checkpoint
 from padd_ds.config.load import as_yaml
 from padd_ds.config.schema import RunConfig
 from padd_ds.conversion.card import CARD_NAME, LICENCE_FILES
+from padd_ds.conversion.companions import write_generation_config
 from padd_ds.errors import UserError
-from padd_ds.files import staged_directory, write_text_whole
+from padd_ds.files import check_creatable, staged_directory, write_text_whole
 
 PACKAGES = ("padd-ds", "torch", "deepspeed", "transformers", "datasets", "math-verify")
 LINE_FILES = ("metrics.jsonl", "samples.jsonl", "routing/routing.jsonl")
 
 
 def check_run_folder(folder: Path, resume: bool) -> None:
-    """UserError for a new run in a folder that is taken, or a resumed one where there is none."""
+    """UserError for a new run in a folder that is taken or cannot be made, or a resumed one where there is none."""
     if resume and not folder.is_dir():
         raise UserError(f"{folder}: no run to resume; check run_dir or leave out --resume")
     if not resume and folder.exists():
         raise UserError(f"{folder} already exists; choose another run_dir, or continue it with --resume")
+    if not resume:
+        check_creatable(folder)
 
 
 def is_finished(folder: Path, config: RunConfig, resumed: Checkpoint) -> bool:
@@ -67,9 +70,10 @@ def keep_student_files(folder: Path, model: Any, tokenizer: Any, source: Path) -
 
     That is config, tokenizer, conversion files, card and licence.
     """
+    source = source.expanduser()
     with staged_directory(folder / STUDENT, overwrite=True) as staged:
         model.config.save_pretrained(staged)
-        model.generation_config.save_pretrained(staged)
+        write_generation_config(source, staged, model.generation_config)
         tokenizer.save_pretrained(staged)
         for pattern in ("padd_*", CARD_NAME, *LICENCE_FILES) if source.is_dir() else ():
             for path in source.glob(pattern):

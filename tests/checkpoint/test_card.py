@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from padd_ds.checkpoint import export
 from padd_ds.checkpoint.export import ExportOptions, export_run
+from padd_ds.checkpoint.layout import MANIFEST
 from padd_ds.errors import UserError
 from padd_ds.run.folder import keep_student_files
 from tests.checkpoint.made_up_run import SIZES, random_student, write_run
@@ -139,6 +140,31 @@ def test_megatron_has_a_card_of_its_own(run: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
+    ("stage", "keys"), [("warmup", ["warmup.responses", "warmup.teacher_cache"]), ("joint", ["rollout.guidance"])]
+)
+def test_the_card_tells_what_was_recorded(run: Path, stage: str, keys: list[str]) -> None:
+    config: dict[str, Any] = CONFIG | {"stage": stage}
+    for key in keys:
+        section, name = key.split(".")
+        config = config | {section: config.get(section, {}) | {name: f"/secret/{name}_of_c"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    manifest = run / "checkpoints" / "step_1" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"stage": stage}))
+    card = exported_card(run)
+    for key in keys:
+        assert f"| recorded teacher (`{key}`) | `{key.split('.')[1]}_of_c` |" in card
+    assert card.count("recorded teacher") == len(keys) and "secret" not in card
+
+
+def test_a_generation_config_that_came_without_a_folder_is_written_as_it_was_loaded(tmp_path: Path) -> None:
+    model = random_student()
+    model.generation_config.temperature = 0.9
+    keep_student_files(tmp_path / "run", model, make_tokenizer(), Path("owner/name"))
+    kept = json.loads((tmp_path / "run" / "student" / "generation_config.json").read_text())
+    assert (kept["temperature"], kept["eos_token_id"]) == (0.9, 1)
+
+
+@pytest.mark.parametrize(
     ("name", "text", "told"),
     [
         ("config.yaml", "a: [", "config.yaml: cannot be read"),
@@ -153,12 +179,16 @@ def test_a_damaged_file_is_named_before_anything_is_written(run: Path, name: str
     assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 
-def test_a_run_keeps_the_card_and_licence_of_its_student(tmp_path: Path) -> None:
+def test_a_run_keeps_the_companions_of_its_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("README.md", "LICENSE.txt", "NOTICE", "padd_conversion.json", "notes.txt"):
         (source / name).write_text("x")
     model = random_student()
-    keep_student_files(tmp_path / "run", model, make_tokenizer(), source)
+    # transformers loads this, and refuses to save it.
+    (source / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keep_student_files(tmp_path / "run", model, make_tokenizer(), Path("~/source"))
     kept = {path.name for path in (tmp_path / "run" / "student").iterdir()}
+    assert (tmp_path / "run" / "student" / "generation_config.json").read_text() == '{"temperature": 0.9, "top_p": 0.6}'
     assert {"README.md", "LICENSE.txt", "NOTICE", "padd_conversion.json"} <= kept and "notes.txt" not in kept

@@ -1,7 +1,7 @@
 import pytest
 
 from padd_ds.data.problems import Problem
-from padd_ds.data.prompts import TEMPLATES, PromptTemplate, render, render_target, resolve_template
+from padd_ds.data.prompts import TEMPLATES, PromptTemplate, check_target, render, render_target, resolve_template
 from padd_ds.errors import UserError
 from tests.data.characters import character_tokenizer
 
@@ -59,3 +59,39 @@ def test_target_needs_the_solution_that_it_names():
     assert render_target(bare, "{answer}") == "7"
     with pytest.raises(UserError, match="no solution for '3 \\+ 4'"):
         render_target(bare)
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("{soluton}", r"\{soluton\} is no placeholder; did you mean \{solution\}\? Known: .*\{answer\}"),
+        ("{solution} #{anwser}", r"did you mean \{answer\}"),
+        ("{solution} #{Answer}", r"did you mean \{answer\}"),
+        (r"\boxed{{anwser}}", r"did you mean \{answer\}"),
+        ("#{gold}", "is the same for every question; put one of"),
+    ],
+)
+def test_a_misspelt_target_is_refused(target, told):
+    with pytest.raises(UserError, match=told):
+        render_target(PROBLEM, target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        r"\boxed{{answer}}",
+        r"\frac{1}{2} {answer}",
+        r"\text{answers} x_{answers} y^{answers} \frac{1}{answers} \{answers\} {answer}",
+        r"{n} {} {answer}",
+    ],
+)
+def test_braces_of_a_target_are_plain_text(target):
+    check_target(target)
+    assert render_target(PROBLEM, target) == target.replace("{answer}", "7")
+
+
+def test_a_misspelt_template_is_refused():
+    for text in ("{questoin}", "{question}{queston}"):
+        with pytest.raises(UserError, match=r"template .* is no placeholder; did you mean \{question\}"):
+            PromptTemplate(text=text)
+    assert resolve_template(r"{question} \boxed{answer} {answer}").text.endswith("{answer}")

@@ -71,7 +71,7 @@ def _scores(rows: list[dict[str, Any]], samples: int) -> dict[str, Any]:
         right, total = by.get(row["subject"], (0, 0))
         by[row["subject"]] = [right + row["correct"], total + 1]
     return {
-        "pass_at_1": sum(row["correct"] for row in counted) / len(counted),
+        "pass_at_1": sum(row["correct"] for row in counted) / max(1, len(counted)),
         "interval_95": [0.1, 0.9],
         "problems": len(counted) // samples,
         "samples": samples,

@@ -84,3 +84,15 @@ def test_other_questions_and_other_files_are_refused(tmp_path):
     for name in ("none.json", "other.json", "half.json"):
         with pytest.raises(UserError, match=f"{name}: is no result of padd-eval"):
             compare([first, tmp_path / name])
+
+
+def test_a_result_that_is_named_twice_or_has_no_response_is_refused(tmp_path):
+    first = result(tmp_path / "first.json", "01")
+    with pytest.raises(UserError, match=r"first\.json is named twice"):
+        compare([first, tmp_path / "." / "first.json"])
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"first\.json is named twice"):
+        compare([first, tmp_path / "link" / "first.json"])
+    bare = [result(tmp_path / f"{name}.json", "") for name in "ab"]
+    with pytest.raises(UserError, match=r"a\.json: holds no response"):
+        compare(bare)

@@ -7,10 +7,11 @@ import pytest
 from padd_ds.data.answers import AnswerFormat
 from padd_ds.data.problems import Problem
 from padd_ds.errors import UserError
-from padd_ds.evaluation import scoring
+from padd_ds.evaluation import kept, scoring
 from padd_ds.evaluation.generate import GenerationOptions
 from padd_ds.evaluation.kept import KeptResponses, Share, finish_work, open_work, responses_file, work_folder
 from padd_ds.evaluation.scoring import EvaluationOptions, EvaluationResult, evaluate_problems
+from padd_ds.files import write_text_whole
 from tests.data.characters import VOCABULARY, character_tokenizer
 from tests.tiny import tiny_student
 
@@ -97,10 +98,30 @@ def test_responses_that_other_ranks_keep_elsewhere_are_missed(model, output):
 
 def test_finished_responses_stand_in_the_order_of_problems(model, output):
     result = evaluated(model, KeptResponses(output))
-    finish_work(output, result.responses)
+    finish_work(output, result.responses, "result")
     rows = [json.loads(line) for line in responses_file(output).read_text().splitlines()]
     assert [(row["problem"], row["sample"]) for row in rows] == [(n, s) for n in range(7) for s in (1, 2, 3)]
-    assert not work_folder(output).exists()
+    assert output.read_text() == "result" and not work_folder(output).exists()
+
+
+@pytest.mark.parametrize("written", ["out.responses.jsonl", "out.json"])
+def test_a_kill_between_the_writes_loses_nothing(model, output, monkeypatch, written):
+    result = evaluated(model, KeptResponses(output))
+
+    def killed(path: Path, text: str) -> None:
+        if path.name == written:
+            raise KeyboardInterrupt
+        write_text_whole(path, text)
+
+    monkeypatch.setattr(kept, "write_text_whole", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finish_work(output, result.responses, "result")
+    monkeypatch.undo()
+    assert not output.exists()
+    open_work(output, PLAN, overwrite=False)
+    assert KeptResponses(output).missing([one.key for one in result.responses]) == []
+    finish_work(output, result.responses, "result")
+    assert output.exists() and responses_file(output).exists() and not work_folder(output).exists()
 
 
 def test_another_evaluation_is_not_taken_up_and_not_lost(output):

@@ -50,6 +50,15 @@ def test_bad_windows_are_refused(model):
         perplexity(model, character_tokenizer(), TEXT, window=1000)
 
 
+def test_a_model_without_finite_logits_has_none():
+    broken = tiny_student(vocabulary=len(VOCABULARY))
+    torch.nn.init.constant_(broken.model.norm.weight, math.nan)
+    with pytest.raises(UserError, match=r"not finite \(mean loss nan nats\): .*check its weights"):
+        perplexity(broken, character_tokenizer(), TEXT, window=16)
+    with pytest.raises(UserError, match="not finite"):
+        solution_perplexity(broken, character_tokenizer(), ["2+2="], ["4"])
+
+
 def test_solutions_are_scored_as_if_each_stood_alone(model):
     tokenizer = character_tokenizer()
     prompts, solutions = ["2+2=", "a long question?"], ["4", "a long answer"]

@@ -178,7 +178,7 @@ def test_an_interrupted_recording_goes_on_to_the_same_bytes(folder, monkeypatch)
     assert {path.name: path.read_bytes() for path in (folder / "cache").iterdir()} == whole
 
 
-def test_what_another_recording_left_is_not_taken_up(folder, monkeypatch):
+def test_what_another_recording_left_is_neither_taken_up_nor_lost(folder, monkeypatch):
     write = recording.write_shard
 
     def stopping(path, *rest):
@@ -190,8 +190,13 @@ def test_what_another_recording_left_is_not_taken_up(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cache.main(arguments(folder))
     monkeypatch.setattr(recording, "write_shard", write)
-    cache.main(arguments(folder, "--top-k", "2"))
-    assert TeacherCache.open(folder / "cache").top_k == 2
+    with pytest.raises(UserError, match=r"\.cache\.partial: an interrupted recording with another stop, top_k is kept"):
+        cache.main(arguments(folder, "--top-k", "2", "--stop", "x"))
+    shard = folder / ".cache.partial" / "shard_00000.safetensors"
+    kept = shard.stat().st_mtime_ns
+    cache.main(arguments(folder, "--batch-size", "2"))
+    assert (folder / "cache" / shard.name).stat().st_mtime_ns == kept
+    assert TeacherCache.open(folder / "cache").top_k == 5
 
 
 def test_targets_that_were_not_recorded_are_counted_before_any_work(folder):
@@ -304,15 +309,43 @@ def test_every_rank_stops_at_what_the_first_finds(folder):
         (["--part", "D", "--part-fractions", "0.5,0.3,0.2"], "--part-fractions 0.5,0.3,0.2: give four shares"),
         (["--part", "D", "--part-fractions", "0.5,0.3,0.2,1"], "must be >= 0 and add up to 1, not 2"),
         (["--part-fractions", "0.5,0.3,0.2,0"], "--part-fractions are those of --part"),
-        (["--samples", "3"], "here it is --responses"),
+        (["--limit", "-1"], "--limit -1 must be at least 1"),
+        (["--data-dir", "{folder}"], "--data-dir goes with --benchmark"),
+        (["--responses", "4", "--temperature", "0"], "--responses 4 at --temperature 0 are all the same"),
+        (["--responses", "4", "--temperature", "nan"], "--temperature nan must be a finite number"),
+        (["--target", "{soluton}"], r"did you mean \{solution\}"),
+        (["--output", "{folder}/data.jsonl/cache"], r"data\.jsonl is a file, not a folder"),
         (["--solution-field", "working"], "set --solution-field"),
     ],
 )
 def test_mistakes_are_told_and_leave_nothing(folder, more, message):
     before = sorted(folder.iterdir())
     with pytest.raises(UserError, match=message):
-        cache.main(arguments(folder, *more))
+        cache.main(arguments(folder, *(word.replace("{folder}", str(folder)) for word in more)))
     assert sorted(folder.iterdir()) == before
+
+
+def test_chat_without_a_template_is_refused_as_by_padd_eval(folder):
+    words = arguments(folder)
+    place = words.index("--template")
+    with pytest.raises(UserError, match="--chat goes with --template"):
+        cache.main([*words[:place], *words[place + 2 :], "--chat"])
+
+
+def test_worked_answers_are_solutions_too(folder):
+    rows = [{"question": row["question"], "answer": f"so\n#### {row['answer']}"} for row in ROWS]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [word for word in arguments(folder, "--gold-format", "gsm8k") if word not in OPTIONS[:2]]
+    cache.main(words)
+    assert {one.solution for one in offline.read_responses(folder / "cache")} == {"so"}
+
+
+def test_help_is_of_this_command(capsys):
+    with pytest.raises(SystemExit):
+        cache.parse_args(["--help"])
+    told = capsys.readouterr().out
+    assert "(default: plain)" in told and "of --responses (default 1.0)" in " ".join(told.split())
+    assert not [word for word in ("Pass@", "--samples", "--level-field", "perplexity") if word in told]
 
 
 def test_a_warm_up_without_teacher_has_the_losses_of_one_with(folder):
