@@ -108,6 +108,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--responses {args.responses} at --temperature 0 are all the same; pass a higher one, or --responses 1"
         )
     check_target(args.target)
+    if args.responses and args.target != "{solution}":
+        raise UserError("--target is of the data's own solutions; leave it out with --responses")
     if args.responses == 0 and args.top_k == 0:
         raise UserError("--top-k 0 without --responses records nothing; pass one of them")
     solutions = args.solution_field or args.gold_format != "plain"

@@ -303,6 +303,7 @@ def test_every_rank_stops_at_what_the_first_finds(folder):
     ("more", "message"),
     [
         (["--top-k", "0"], "--top-k 0 without --responses"),
+        (["--responses", "2", "--target", "{answer}"], "leave it out with --responses"),
         (["--shard-rows", "0"], "--shard-rows 0 must be at least 1"),
         (["--limit", "1", "--part", "D"], "--part D .* has no problem"),
         (["--part", "D", "--part-fractions", "0.5,0.3,0.2,0"], "--part D .* has no problem"),
