@@ -121,6 +121,12 @@ def test_importance_weights_and_nucleus_sampling_exclude_each_other(run_yaml: Pa
         load_run_config(run_yaml, [*both, one])
 
 
+def test_ranks_wait_for_one_that_waits_for_its_server(run_yaml: Path) -> None:
+    served = ["stage=joint", "rollout.engine=vllm", "vllm.start_timeout_s=2000", "vllm.answer_timeout_s=700"]
+    assert load_run_config(run_yaml, served).longest_wait_for_servers_s == 2700
+    assert load_run_config(run_yaml, [*served, "rollout.engine=hf"]).longest_wait_for_servers_s == 0
+
+
 def test_servers_do_not_know_a_bias_of_the_logits(run_yaml: Path) -> None:
     both = ["stage=joint", "balance.target=logit", "rollout.engine=vllm"]
     with pytest.raises(UserError, match=r"balance\.target=selection, or rollout\.engine=hf"):
