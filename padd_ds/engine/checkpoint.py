@@ -79,7 +79,8 @@ def load_checkpoint(
     """Put the student back to where `checkpoint` left it, and give the stage what it remembered.
 
     Another number of ranks, expert-parallel size or ZeRO stage than its own goes by DeepSpeed's universal format;
-    UserError where that is not possible. Learning rate, weight decay and betas stay the student's; HandoverError if the student does not compute what was saved.
+    UserError where that is not possible; HandoverError if the student does not compute what was saved. Learning rate,
+    weight decay and betas stay the student's.
     """
     same = all(checkpoint.facts[name] == value for name, value in size_facts(student).items())
     with _own_optimizer_settings(student.engine), _trusted_deepspeed_types():
