@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> None:
     from padd_ds.run.boards import check_boards, log_in
     from padd_ds.run.folder import check_run_folder, is_finished, keep_student_files, start_run_folder
     from padd_ds.run.loop import end_if_asked, train
-    from padd_ds.run.report import write_run_report
+    from padd_ds.run.report import REPORT, write_run_report
     from padd_ds.stages.build import open_stage, read_inputs
     from padd_ds.stages.materials import write_data_report
 
@@ -100,6 +100,9 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> None:
             if resumed and on_main(lambda: is_finished(folder, config, resumed), ranks):
                 if ranks.is_main:
                     say(f"{folder}: all {resumed.step} steps are done, so nothing is trained")
+                    # A run may have ended between its last checkpoint and its page.
+                    if config.log.report and not (folder / REPORT).exists():
+                        write_run_report(folder, say)
                 return
             together(lambda: start_run_folder(folder, config, ranks.world, resumed) if ranks.is_main else None, ranks)
             end_if_asked(stop, folder, resumed.step if resumed else 0, ranks)

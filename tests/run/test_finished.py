@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from padd_ds.engine.ranks import Ranks
+from padd_ds.run.report import REPORT
 from tests.ranks import run_ranks
 from tests.train_inputs import make_inputs, train_here
 
@@ -19,8 +20,10 @@ def test_it_says_so_and_keeps_its_record(tmp_path: Path) -> None:
     ((code, told),) = run_ranks(trained, 1, inputs)
     assert code == 0, told
     record = {name: (run / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
+    (run / REPORT).unlink()
     ((code, told),) = run_ranks(trained, 1, inputs, "--resume-or-start")
     assert code == 0 and "all 1 steps are done, so nothing is trained" in told
+    assert (run / REPORT).exists()
     ((code, told),) = run_ranks(trained, 1, inputs, "--resume", "optimizer.learning_rate=9e-3")
     assert code == 2 and "finished at step 1, with other settings" in told and "steps above 1" in told
     assert {name: (run / name).read_bytes() for name in record} == record
