@@ -191,7 +191,7 @@ def drawn_batches(inputs: Inputs, step: int) -> list[SupervisedBatch]:
     """The micro-batches of a step, of its problems in the order in which they are drawn."""
     assert isinstance(inputs.data, TrainingData)
     supervision = ProblemSupervision(problems=inputs.data.problems, tokenizer=inputs.tokenizer, config=inputs.config)
-    rows = supervision.drawn(step, rank=0, world=1)
+    rows = supervision.drawn(step)
     size = inputs.config.micro_batch_size
     return [supervision.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
 

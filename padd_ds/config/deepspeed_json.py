@@ -106,10 +106,11 @@ def check_parallelism(
         raise UserError(f"{path}: {world_size} ranks cannot be split into groups of autoep_size {size}; change either")
     if n_experts % size:
         raise UserError(f"{path}: {n_experts} routed experts cannot be split over autoep_size {size} ranks")
-    if expert_compute == "masked" and size > 1:
+    if expert_compute == "masked" and expert_parallel.get("comm_backend", "comm") != "comm":
         raise UserError(
-            f"{path}: expert_parallel.autoep_size is {size}, but model.expert_compute=masked needs all experts "
-            "on every rank; set autoep_size to 1, or model.expert_compute=dispatched"
+            f"{path}: expert_parallel.comm_backend is {expert_parallel['comm_backend']}, but "
+            "model.expert_compute=masked sends tokens by the collectives of the run; take it out, or set "
+            "model.expert_compute=dispatched"
         )
     return size
 

@@ -22,7 +22,8 @@ from padd_ds.engine.families import expert_parallel_keys, is_dense
 from padd_ds.engine.finite import FiniteWatch
 from padd_ds.engine.handover import check_handover, probe_logits
 from padd_ds.engine.ranks import Ranks
-from padd_ds.moe.masked import masked_experts
+from padd_ds.engine.token_exchange import over_ranks
+from padd_ds.moe.masked import masked_experts, weights_of_all
 from padd_ds.moe.router import PaddRouter, RoutingControl, RoutingMode, RoutingRecord
 
 
@@ -202,15 +203,22 @@ def build_student(
 
 
 def _compute_masked(layer: AutoEPMoELayer) -> None:
-    """Let a layer that holds all its experts run them with `masked_experts`, in place of dispatching tokens."""
-    if layer.ep_size != 1 or layer.score_apply != "post":
-        raise ValueError(f"{layer.ep_size} ranks share the experts, or their inputs are weighed: not to be masked")
+    """Let a layer run its experts with `masked_experts`, in place of sending tokens to each."""
+    if layer.score_apply != "post":
+        raise ValueError("the experts' inputs are weighed: not to be masked")
+
+    def own_experts(x_ND: torch.Tensor, weights_NF: torch.Tensor) -> torch.Tensor:
+        return masked_experts(x_ND, weights_NF, layer.experts.w1, layer.experts.w2, layer.experts.w3)
 
     def forward(hidden_BTD: torch.Tensor) -> Any:
         x_SD = hidden_BTD.flatten(0, 1)
         weights_SK, selected_SK, _ = layer.router(x_SD)
-        experts = layer.experts
-        output_SD = masked_experts(x_SD, weights_SK, selected_SK, experts.w1, experts.w2, experts.w3)
+        weights_SE = weights_of_all(weights_SK.to(x_SD.dtype), selected_SK, layer.num_experts)
+        if layer.ep_size == 1:
+            output_SD = own_experts(x_SD, weights_SE)
+        else:
+            chosen_SE = torch.zeros_like(weights_SE, dtype=torch.bool).scatter(1, selected_SK, True)
+            output_SD = over_ranks(own_experts, x_SD, weights_SE, chosen_SE, layer.ep_size, layer.ep_group)
         return layer._finalize_output(output_SD.view_as(hidden_BTD), x_SD, hidden_BTD, hidden_BTD.shape[-1])
 
     layer._forward = forward

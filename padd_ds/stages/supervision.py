@@ -23,22 +23,24 @@ class Supervision(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemSupervision:
-    """Problems with their targets, those of like length together."""
+    """Problems with their targets, those of like length together, on all ranks at once: where ranks share experts, each
+    layer waits for the rank with the most tokens."""
 
     problems: list[Problem]
     tokenizer: Any
     config: RunConfig
 
     def micro_batches(self, step: int, rank: int, world: int) -> list[SupervisedBatch]:
-        mine = self.drawn(step, rank, world)
-        mine.sort(key=lambda problem: len(problem.question) + len(problem.solution or problem.answer))
+        mine = sorted(
+            self.drawn(step), key=lambda problem: len(problem.question) + len(problem.solution or problem.answer)
+        )[rank::world]
         size = self.config.micro_batch_size
         return [self.batch(mine[start : start + size]) for start in range(0, len(mine), size)]
 
-    def drawn(self, step: int, rank: int, world: int) -> list[Problem]:
-        """This rank's problems of a step, in the order in which they are drawn."""
+    def drawn(self, step: int) -> list[Problem]:
+        """The problems of a step, in the order in which they are drawn."""
         rows = batch_indices(step, self.config.warmup.batch_size, len(self.problems), self.config.seed)
-        return [self.problems[row] for row in rows[rank::world]]
+        return [self.problems[row] for row in rows]
 
     def batch(self, problems: list[Problem]) -> SupervisedBatch:
         """Problems with their targets as training reads them."""

@@ -119,10 +119,12 @@ def test_sizes_that_do_not_fit_are_named(tree: dict[str, Any], world: int, exper
         check_parallelism(Path("ds.json"), tree, world, experts)
 
 
-def test_experts_that_are_spread_cannot_be_masked() -> None:
-    assert check_parallelism(Path("ds.json"), deepspeed_tree(1), 2, 4, "masked") == 1
-    with pytest.raises(UserError, match=r"autoep_size is 2, but model\.expert_compute=masked .* set autoep_size to 1"):
-        check_parallelism(Path("ds.json"), deepspeed_tree(2), 2, 4, "masked")
+def test_masked_experts_have_an_exchange_of_their_own() -> None:
+    tree = deepspeed_tree(2)
+    assert check_parallelism(Path("ds.json"), tree, 2, 4, "masked") == 2
+    tree["expert_parallel"]["comm_backend"] = "deepep"
+    with pytest.raises(UserError, match=r"comm_backend is deepep, but model\.expert_compute=masked .* take it out"):
+        check_parallelism(Path("ds.json"), tree, 2, 4, "masked")
 
 
 def test_batches_must_be_dealt_out_evenly() -> None:

@@ -130,6 +130,8 @@ def reference_step(world: int = 1, starving_ranks: Sequence[int] = ()) -> dict[s
         (2, 2, 2, "dispatched"),
         (4, 2, 2, "dispatched"),
         (2, 2, 1, "masked"),
+        (2, 2, 2, "masked"),
+        (4, 3, 2, "masked"),
         (2, 3, 1, "dispatched"),
         (2, 3, 2, "dispatched"),
         (4, 3, 2, "dispatched"),
@@ -140,17 +142,18 @@ def test_a_step_equals_plain_transformers(world: int, stage: int, expert_paralle
 
 
 @pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("expert_compute", ["dispatched", "masked"])
 @pytest.mark.parametrize(
     ("world", "expert_parallel", "starving_ranks"),
     [(2, 2, (0, 1)), (4, 4, (0, 1, 2, 3)), (4, 2, (0, 1))],
     ids=["a rank without tokens", "two ranks without tokens", "one of two replicas without tokens"],
 )
 def test_experts_that_get_no_token_hold_nobody_up(
-    stage: int, world: int, expert_parallel: int, starving_ranks: tuple[int, ...]
+    stage: int, expert_compute: str, world: int, expert_parallel: int, starving_ranks: tuple[int, ...]
 ) -> None:
     expected = reference_step(world, starving_ranks)
     assert expected["fed_experts"] == (2 if len(starving_ranks) == world else 4)
-    compare_with_reference(expected, run_ranks(one_step, world, stage, expert_parallel, "dispatched", starving_ranks))
+    compare_with_reference(expected, run_ranks(one_step, world, stage, expert_parallel, expert_compute, starving_ranks))
 
 
 def compare_with_reference(expected: dict[str, Any], by_rank: list[dict[str, torch.Tensor]]) -> None:

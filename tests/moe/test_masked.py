@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from padd_ds.moe.masked import masked_experts
+from padd_ds.moe.masked import masked_experts, weights_of_all
 
 S, D, E, WIDTH, K = 7, 6, 5, 3, 2
 
@@ -20,6 +20,10 @@ def parts():
     return draw(S, D), draw(S, K), selected_SK, draw(E, WIDTH, D), draw(E, D, WIDTH), draw(E, WIDTH, D)
 
 
+def fast(x_SD, weights_SK, selected_SK, *weights):
+    return masked_experts(x_SD, weights_of_all(weights_SK, selected_SK, E), *weights)
+
+
 def slow(x_SD, weights_SK, selected_SK, w_gate_EFD, w_down_EDF, w_up_EFD):
     rows = []
     for x_D, weights_K, selected_K in zip(x_SD, weights_SK, selected_SK, strict=True):
@@ -32,17 +36,17 @@ def slow(x_SD, weights_SK, selected_SK, w_gate_EFD, w_down_EDF, w_up_EFD):
 
 
 def test_it_is_the_weighted_sum_of_the_chosen_experts_with_its_gradients(parts):
-    torch.testing.assert_close(masked_experts(*parts), slow(*parts))
+    torch.testing.assert_close(fast(*parts), slow(*parts))
     inputs = [part for part in parts if part.requires_grad]
     upstream_SD = torch.linspace(-1, 1, S * D, dtype=torch.float64).view(S, D)
-    fast = torch.autograd.grad(masked_experts(*parts), inputs, upstream_SD)
-    for got, expected in zip(fast, torch.autograd.grad(slow(*parts), inputs, upstream_SD), strict=True):
+    gradients = torch.autograd.grad(fast(*parts), inputs, upstream_SD)
+    for got, expected in zip(gradients, torch.autograd.grad(slow(*parts), inputs, upstream_SD), strict=True):
         torch.testing.assert_close(got, expected)
 
 
 def test_an_expert_that_nobody_chose_gets_no_gradient(parts):
     x_SD, weights_SK, _, *weights = parts
     selected_SK = torch.tensor([[0, 1]]).expand(S, K)
-    grads = torch.autograd.grad(masked_experts(x_SD, weights_SK, selected_SK, *weights).sum(), weights)
+    grads = torch.autograd.grad(fast(x_SD, weights_SK, selected_SK, *weights).sum(), weights)
     for grad_EXX in grads:
         assert grad_EXX[2:].abs().max() == 0 < grad_EXX[:2].abs().max()
