@@ -73,6 +73,7 @@ ON_CPU = Bench(
         "warm-up, ZeRO 1, EP 2": ("warmup", 1, 2, {}, {"warmup.batch_size": 8}),
         "warm-up, ZeRO 2, EP 1": ("warmup", 2, 1, {}, {}),
         "warm-up, ZeRO 2, EP 2": ("warmup", 2, 2, {}, {}),
+        "warm-up, ZeRO 2, EP 2, masked": ("warmup", 2, 2, {}, {"model.expert_compute": "masked"}),
         "warm-up, ZeRO 2, EP 2, checkpointing": ("warmup", 2, 2, {}, {"activation_checkpointing": True}),
         "warm-up, ZeRO 3, EP 1": ("warmup", 3, 1, {}, {}),
         "warm-up, ZeRO 3, EP 2": ("warmup", 3, 2, {}, {"warmup.batch_size": 8}),

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -56,6 +57,9 @@ def main():
 if __name__ == "__main__":
     main()
 """
+
+POLLING_S = 3.0
+"""More than vLLM's processes poll, on cores of ours, after their last message."""
 
 
 def main() -> None:
@@ -157,13 +161,10 @@ def measure(
         ways["vllm.LLM"] = lambda: turn_of(raw)
         ways["engine vllm"] = lambda: engines["vllm"].generate(prompts, sampling)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    updates_s: list[float] = []
     for turn in range(arguments.turns + 1):
         for name, way in ways.items():
             if name == "engine vllm":
-                ready = engines["vllm"].ready(turn)
-                update_s = timed(ready.__enter__, prompts_PT.device)[1]
-                updates_s += [update_s] if turn else []
+                engines["vllm"].ready(turn).__enter__()
             barrier()
             taken_s = timed(partial(until_all_are_done, way), prompts_PT.device)[1]
             seconds[name] += [taken_s] if turn else []
@@ -174,7 +175,11 @@ def measure(
     tokens = arguments.prompts * arguments.group_size * arguments.new_tokens
     if ranks.is_main:
         print(table(seconds, tokens))
-    if updates_s:
+    if "vllm" in engines:
+        updates_s = []
+        for version in range(arguments.turns + 1, 2 * arguments.turns + 1):
+            time.sleep(POLLING_S)
+            updates_s.append(timed(engines["vllm"].ready(version).__enter__, prompts_PT.device)[1])
         weights = [parameter.detach() for parameter in plain.parameters()]
         copies = [torch.empty_like(weight, device="cpu") for weight in weights]
         copied_s = [timed(lambda: copy_all(weights, copies), prompts_PT.device)[1] for _ in range(6)][1:]

@@ -6,8 +6,29 @@ activation checkpointing asks for.
 Legend: T prompt tokens, R response tokens, P prompts, G responses per prompt, V vocabulary, D width.
 """
 
+from dataclasses import replace
+from math import comb
+
 from padd_ds.planning.shape import ModelShape
 from padd_ds.planning.workload import Layout, Workload
+
+
+def copies_of_a_token(student: ModelShape, layout: Layout, work: Workload) -> float:
+    """How often a token goes to experts: to each of its own, or masked to each rank that has some of them, the mean
+    where all choices are as likely."""
+    if not work.masked or not student.experts:
+        return student.top_k
+    ranks = layout.expert_parallel
+    elsewhere = student.experts - student.experts // ranks
+    return ranks * (1 - comb(elsewhere, student.top_k) / comb(student.experts, student.top_k))
+
+
+def as_it_runs(student: ModelShape, layout: Layout, work: Workload) -> ModelShape:
+    """The student with as many active experts as a token goes through."""
+    if not work.masked or not student.experts:
+        return student
+    run = copies_of_a_token(student, layout, work) * student.experts / layout.expert_parallel
+    return replace(student, top_k=round(run))
 
 
 def forward_flops(model: ModelShape, tokens: float, context: float, with_logits: float) -> float:

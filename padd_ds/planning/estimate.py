@@ -6,7 +6,7 @@ Nothing is taken to overlap, so a run that overlaps its communication is faster 
 from dataclasses import dataclass
 
 from padd_ds.planning.cluster import Cluster
-from padd_ds.planning.compute import decoding_bytes, step_flops
+from padd_ds.planning.compute import as_it_runs, decoding_bytes, step_flops
 from padd_ds.planning.shape import ModelShape
 from padd_ds.planning.traffic import Transfer, step_transfers
 from padd_ds.planning.workload import Layout, Workload
@@ -38,11 +38,12 @@ class Estimate:
 def estimate_step(
     student: ModelShape, teacher: ModelShape | None, layout: Layout, work: Workload, cluster: Cluster
 ) -> Estimate:
-    flops = step_flops(student, teacher, work)
+    runs = as_it_runs(student, layout, work)
+    flops = step_flops(runs, teacher, work)
     reached = cluster.tflops * 1e12 * cluster.tflops_share
     seconds = {phase: count / reached for phase, count in flops.items()}
     if "rollout" in seconds:
-        seconds["rollout"] = _rollout_s(student, layout, work, cluster, seconds["rollout"])
+        seconds["rollout"] = _rollout_s(runs, layout, work, cluster, seconds["rollout"])
     transfers = step_transfers(student, teacher, layout, work)
     communicating: dict[str, float] = {}
     for transfer in transfers:

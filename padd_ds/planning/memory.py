@@ -9,6 +9,7 @@ D width, E experts on this rank, K experts per token, V vocabulary, F FFN width.
 from dataclasses import dataclass
 
 from padd_ds.losses.tokens import CHUNK_TOKENS
+from padd_ds.planning.compute import copies_of_a_token
 from padd_ds.planning.shape import ModelShape
 from padd_ds.planning.traffic import trained_parameters
 from padd_ds.planning.workload import DEFAULT_LIVE, Layout, Workload
@@ -200,7 +201,7 @@ def activations(student: ModelShape, layout: Layout, work: Workload, left: float
     """
     tokens = work.micro_batch * work.sequence
     per_layer = tokens * layer_activations(student, layout, work)
-    if student.experts:
+    if student.experts and not work.masked:
         padding = student.experts / layout.expert_parallel * ROW_PADDING
         per_layer += padding * (student.width + 4 * student.expert_width) * layout.value_bytes
     kept = tokens * student.width * layout.value_bytes if work.checkpointing else per_layer
@@ -225,7 +226,9 @@ def layer_activations(student: ModelShape, layout: Layout, work: Workload) -> fl
     if not student.experts:
         return attention + given + 4 * student.ffn_width * value
     router = 2 * student.experts * FP32 + (width * FP32 if value != FP32 and work.trains_all else 0)
-    routed = student.top_k * (2 * width + 4 * student.expert_width) * value
+    # Masked, of all experts of the rank, and of each the weighted product too.
+    kept = 5 * student.experts / layout.expert_parallel if work.masked else 4
+    routed = copies_of_a_token(student, layout, work) * (2 * width + kept * student.expert_width) * value
     return attention + given + router + routed + 4 * student.shared_width * value
 
 

@@ -9,6 +9,7 @@ K experts per token.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from padd_ds.planning.compute import copies_of_a_token
 from padd_ds.planning.shape import ModelShape
 from padd_ds.planning.workload import Layout, Workload
 
@@ -76,7 +77,9 @@ def _tokens(student: ModelShape, layout: Layout, work: Workload) -> Iterator[Tra
         exchanges = student.moe_layers * 2 * (forward + backward)
         if backward and not work.trains_all and layout.zero_stage < 3 and not work.checkpointing:
             exchanges -= backward  # nothing below the first layer's experts learns
-        moved = exchanges * tokens * student.top_k * student.width * layout.value_bytes
+        # Masked, the weights of a rank's experts go with the token, one way of two.
+        row = student.width + (student.experts / layout.expert_parallel / 2 if work.masked else 0)
+        moved = exchanges * tokens * copies_of_a_token(student, layout, work) * row * layout.value_bytes
         what = "tokens to experts and back"
         yield _transfer("all_to_all", phase, what, layout.expert_parallel, moved, exchanges)
 

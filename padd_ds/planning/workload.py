@@ -98,6 +98,8 @@ class Workload:
     trains_all: bool
     """Every weight, or the experts alone."""
     teacher_placement: str = "replicated"
+    masked: bool = False
+    """Whether a rank runs all its experts on every token that it gets."""
     served: ServerShare | None = None
     """Where servers draw the responses instead of the ranks."""
 
@@ -138,6 +140,7 @@ def workload_of(
         distils=config.needs_teacher,
         trains_all=config.stage != "warmup",
         teacher_placement=config.model.teacher_placement,
+        masked=config.model.expert_compute == "masked",
     )
 
 
