@@ -39,8 +39,9 @@ class ModelConfig:
     targets: str | None = None
     """Folder with padd_targets.safetensors; default: the student's own folder."""
     expert_compute: Literal["dispatched", "masked"] = "dispatched"
-    """`dispatched`: tokens are sorted by expert and sent to it. `masked`: each rank runs all experts on all tokens and
-    weighs the unchosen with 0, the same up to rounding; needs autoep_size 1. For narrow experts on a CPU."""
+    """`dispatched`: tokens are sorted by expert and sent to it. `masked`: each rank runs all its experts on every token
+    that it gets, and weighs the unchosen with 0, the same up to rounding; a token goes once to each rank that has some
+    of its experts. For narrow experts on a CPU."""
     trust_remote_code: bool = False
     """Run model code that comes with a checkpoint. Only for sources that you trust."""
 

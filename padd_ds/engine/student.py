@@ -203,7 +203,7 @@ def build_student(
 
 
 def _compute_masked(layer: AutoEPMoELayer) -> None:
-    """Let a layer run its experts with `masked_experts`, in place of sending tokens to each."""
+    """Let a layer run its experts with `masked_experts`, in place of sending tokens to each expert."""
     if layer.score_apply != "post":
         raise ValueError("the experts' inputs are weighed: not to be masked")
 

@@ -39,9 +39,8 @@ def estimate_step(
     student: ModelShape, teacher: ModelShape | None, layout: Layout, work: Workload, cluster: Cluster
 ) -> Estimate:
     runs = as_it_runs(student, layout, work)
-    flops = step_flops(runs, teacher, work)
     reached = cluster.tflops * 1e12 * cluster.tflops_share
-    seconds = {phase: count / reached for phase, count in flops.items()}
+    seconds = {phase: count / reached for phase, count in step_flops(runs, teacher, work).items()}
     if "rollout" in seconds:
         seconds["rollout"] = _rollout_s(runs, layout, work, cluster, seconds["rollout"])
     transfers = step_transfers(student, teacher, layout, work)
@@ -50,7 +49,7 @@ def estimate_step(
         taken_s = transfer.sent / _bandwidth(transfer, layout, cluster) + transfer.calls * cluster.latency_us * 1e-6
         communicating[transfer.kind] = communicating.get(transfer.kind, 0) + taken_s
     return Estimate(
-        flops=flops,
+        flops=step_flops(student, teacher, work),
         computing_s=seconds,
         transfers=transfers,
         communicating_s=communicating,

@@ -201,7 +201,11 @@ def activations(student: ModelShape, layout: Layout, work: Workload, left: float
     """
     tokens = work.micro_batch * work.sequence
     per_layer = tokens * layer_activations(student, layout, work)
-    if student.experts and not work.masked:
+    if student.experts and work.masked:
+        # A copy of the last weights, transposed for one product with all of them.
+        rank_width = student.experts / layout.expert_parallel * student.expert_width
+        per_layer += rank_width * student.width * layout.value_bytes
+    elif student.experts:
         padding = student.experts / layout.expert_parallel * ROW_PADDING
         per_layer += padding * (student.width + 4 * student.expert_width) * layout.value_bytes
     kept = tokens * student.width * layout.value_bytes if work.checkpointing else per_layer
@@ -226,9 +230,12 @@ def layer_activations(student: ModelShape, layout: Layout, work: Workload) -> fl
     if not student.experts:
         return attention + given + 4 * student.ffn_width * value
     router = 2 * student.experts * FP32 + (width * FP32 if value != FP32 and work.trains_all else 0)
-    # Masked, of all experts of the rank, and of each the weighted product too.
-    kept = 5 * student.experts / layout.expert_parallel if work.masked else 4
-    routed = copies_of_a_token(student, layout, work) * (2 * width + kept * student.expert_width) * value
+    each: float = 2 * width + 4 * student.expert_width
+    if work.masked:
+        # What came, unless it is the layer's own input; of all experts of the rank, and of each the weighted product.
+        here = student.experts / layout.expert_parallel
+        each = (width + here if layout.expert_parallel > 1 else 0) + here * (5 * student.expert_width + 1)
+    routed = copies_of_a_token(student, layout, work) * each * value
     return attention + given + router + routed + 4 * student.shared_width * value
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from padd_ds.planning.choices import Question, all_choices, recommended
 from padd_ds.planning.cluster import Cluster
+from padd_ds.planning.compute import as_it_runs, copies_of_a_token
 from padd_ds.planning.estimate import estimate_step
 from padd_ds.planning.traffic import step_transfers
 from tests.planning.test_memory import DENSE, EXPERTS, LAYOUT, SHAPE, WORK
@@ -71,6 +72,24 @@ def test_transfers_by_hand() -> None:
 
 def test_a_lone_rank_sends_nothing() -> None:
     assert step_transfers(SHAPE, SHAPE, replace(LAYOUT, world=1, expert_parallel=1), WORK) == []
+
+
+def test_masked_experts_by_hand() -> None:
+    """Two of eight experts, four to a rank: a token needs both ranks unless both its experts are on one of them."""
+    masked, alone = replace(WORK, masked=True), replace(LAYOUT, world=1, expert_parallel=1)
+    assert copies_of_a_token(SHAPE, LAYOUT, WORK) == 2
+    assert copies_of_a_token(SHAPE, LAYOUT, masked) == pytest.approx(2 * (1 - 6 / 28))
+    assert copies_of_a_token(SHAPE, alone, masked) == 1
+    assert as_it_runs(SHAPE, LAYOUT, WORK) is SHAPE
+    assert as_it_runs(SHAPE, LAYOUT, masked).top_k == 6  # 11 / 7 ranks of four
+    assert as_it_runs(SHAPE, alone, masked).top_k == 8
+    moved = [one.moved for one in step_transfers(SHAPE, SHAPE, LAYOUT, masked) if one.what.startswith("tokens")]
+    sent = [one.moved for one in step_transfers(SHAPE, SHAPE, LAYOUT, WORK) if one.what.startswith("tokens")]
+    # A row has four weights more, one way of two.
+    assert moved == pytest.approx([11 / 14 * 66 / 64 * bytes_sent for bytes_sent in sent])
+    usual, as_masked = (estimate_step(SHAPE, SHAPE, LAYOUT, work, CLUSTER) for work in (WORK, masked))
+    assert as_masked.flops == usual.flops
+    assert as_masked.computing_s["update"] > usual.computing_s["update"]
 
 
 def test_collectives_beyond_a_node_take_the_slower_wire() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
+from padd_ds.config.sections import ModelConfig
 from padd_ds.engine.ranks import Ranks
 from padd_ds.engine.student import build_student
 from padd_ds.hf import response_logits
@@ -79,9 +80,10 @@ def wide_student() -> Glm4MoeForCausalLM:
     return Glm4MoeForCausalLM(Glm4MoeConfig(**tiny_student().config.to_dict() | wide))
 
 
-def kept_bytes(ranks: Ranks, stage: str, precision: str) -> int:
+def kept_bytes(ranks: Ranks, stage: str, precision: str, expert_compute: str) -> int:
     """What autograd saves of a forward pass, beside parameters and logits."""
-    config = joint_config(stage=stage)
+    model = ModelConfig(student="unused", teacher="unused", expert_compute=expert_compute)  # type: ignore[arg-type]
+    config = joint_config(stage=stage, model=model)
     more: dict[str, Any] = {"bf16": {"enabled": True}} if precision == "bf16" else {}
     trained = (lambda name: warmup.is_trained(name, True)) if stage == "warmup" else (lambda name: True)
     student = build_student(
@@ -106,11 +108,11 @@ def kept_bytes(ranks: Ranks, stage: str, precision: str) -> int:
     return sum(sizes.values()) - sizes.get(logits_BRV.untyped_storage().data_ptr(), 0)
 
 
-KINDS = [(stage, precision) for stage in ("joint", "warmup") for precision in ("fp32", "bf16")]
+KINDS = [(s, p, e) for s in ("joint", "warmup") for p in ("fp32", "bf16") for e in ("dispatched", "masked")]
 
 
 def kept_by_kind(ranks: Ranks) -> dict[str, int]:
-    return {f"{stage}, {precision}": kept_bytes(ranks, stage, precision) for stage, precision in KINDS}
+    return {", ".join(kind): kept_bytes(ranks, *kind) for kind in KINDS}
 
 
 @pytest.mark.ranks
@@ -118,8 +120,9 @@ def kept_by_kind(ranks: Ranks) -> dict[str, int]:
 def test_activations_are_what_autograd_keeps() -> None:
     shape = shape_of(wide_student().config, "wide")
     kept = run_ranks(kept_by_kind, 1)[0]
-    for stage, precision in KINDS:
+    for stage, precision, expert_compute in KINDS:
         work = replace(WORK, micro_batch=4, prompt_tokens=8, response_tokens=40, trains_all=stage == "joint")
+        work = replace(work, masked=expert_compute == "masked")
         layout = Layout(world=1, zero_stage=2, expert_parallel=1, value_bytes=2 if precision == "bf16" else 4)
-        name = f"{stage}, {precision}"
+        name = f"{stage}, {precision}, {expert_compute}"
         assert activations(shape, layout, work) == pytest.approx(kept[name], rel=0.1), name
