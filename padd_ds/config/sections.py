@@ -26,8 +26,7 @@ def _off(value: object) -> object:
 @section
 class ModelConfig:
     student: str
-    """The model to train. The MoE student: a folder written by padd-convert or padd-export; with stage teacher_grpo the
-    dense model: a Hugging Face folder or hub id."""
+    """The model to train: a folder of padd-convert or padd-export; with stage teacher_grpo a dense folder or hub id."""
     teacher: str | None = None
     """The dense teacher: a Hugging Face folder or hub id. Needed wherever a distillation weight is above 0."""
     teacher_placement: Literal["replicated", "sharded", "offloaded"] = "replicated"
@@ -39,9 +38,8 @@ class ModelConfig:
     targets: str | None = None
     """Folder with padd_targets.safetensors; default: the student's own folder."""
     expert_compute: Literal["dispatched", "masked"] = "dispatched"
-    """`dispatched`: tokens are sorted by expert and sent to it. `masked`: each rank runs all its experts on every token
-    that it gets, and weighs the unchosen with 0, the same up to rounding; a token goes once to each rank that has some
-    of its experts. For narrow experts on a CPU."""
+    """`dispatched`: tokens are sent to their experts. `masked`, for narrow experts on a CPU: to ranks, which run all
+    their experts on them and weigh the unchosen with 0, the same up to rounding."""
     trust_remote_code: bool = False
     """Run model code that comes with a checkpoint. Only for sources that you trust."""
 

@@ -19,14 +19,7 @@ Experts = Callable[[Tensor, Tensor], Tensor]
 """Weighted sum, [N, D], of a rank's own experts: of tokens [N, D] and the weight of each expert, [N, F]."""
 
 
-def over_ranks(
-    experts: Experts,
-    x_SD: Tensor,
-    weights_SE: Tensor,
-    chosen_SE: Tensor,
-    ranks: int,
-    group: Any,
-) -> Tensor:
+def over_ranks(experts: Experts, x_SD: Tensor, weights_SE: Tensor, chosen_SE: Tensor, ranks: int, group: Any) -> Tensor:
     """What `experts` of all `ranks` of `group` give together for this rank's tokens, [S, D]. Collective.
 
     weights_SE: 0 where `chosen_SE`, bool, is not set.

@@ -13,11 +13,7 @@ def weights_of_all(weights_SK: Tensor, selected_SK: Tensor, experts: int) -> Ten
 
 
 def masked_experts(
-    x_SD: Tensor,
-    weights_SE: Tensor,
-    w_gate_EFD: Tensor,
-    w_down_EDF: Tensor,
-    w_up_EFD: Tensor,
+    x_SD: Tensor, weights_SE: Tensor, w_gate_EFD: Tensor, w_down_EDF: Tensor, w_up_EFD: Tensor
 ) -> Tensor:
     """sum_e weight_e expert_e(x), [S, D]: what sending each token to its experts gives, up to rounding.
 
