@@ -76,6 +76,12 @@ def main() -> None:
         "--expert-compute", choices=["dispatched", "masked"], default="dispatched", help="as model.expert_compute"
     )
     parser.add_argument("--turns", type=int, default=5, help="one more first (default %(default)s)")
+    parser.add_argument(
+        "--vllm-options",
+        type=json.loads,
+        metavar="JSON",
+        help='engine arguments of vLLM, both ways (default: on a CPU {"enforce_eager": true})',
+    )
     parser.add_argument("--cache-gib", type=float, default=1.0, help="of vLLM, on a CPU (default %(default)s)")
     arguments = parser.parse_args()
     ranks = start_ranks()
@@ -85,6 +91,8 @@ def main() -> None:
     if arguments.prompts % ranks.world:
         raise UserError(f"--prompts {arguments.prompts} must be a multiple of the {ranks.world} ranks")
     on_gpu = ranks.device.type == "cuda"
+    if arguments.vllm_options is None:
+        arguments.vllm_options = {} if on_gpu else {"enforce_eager": True}
     dtype = torch.bfloat16 if on_gpu else torch.float32
     vocabulary = read_config(str(arguments.student)).vocab_size
     shape = (arguments.prompts, arguments.prompt_tokens)
@@ -119,7 +127,8 @@ def main() -> None:
 
 
 def run_config(arguments: argparse.Namespace, folder: Path, on_gpu: bool) -> RunConfig:
-    cpu = {"cache_gib": arguments.cache_gib, "arguments": ["--enforce-eager"]}
+    cpu = {"cache_gib": arguments.cache_gib}
+    given: dict[str, Any] = {"arguments": command_line(arguments.vllm_options)}
     settings = {
         "stage": "joint",
         "run_dir": str(folder),
@@ -130,9 +139,18 @@ def run_config(arguments: argparse.Namespace, folder: Path, on_gpu: bool) -> Run
         "optimizer": {"learning_rate": 1e-5},
         "distillation": {"weight": 0},
         "rollout": {"engine": "vllm" if arguments.vllm else "hf", "max_new_tokens": arguments.new_tokens},
-        "vllm": {"python": arguments.vllm, "sleep": False, **({} if on_gpu else cpu)},
+        "vllm": {"python": arguments.vllm, "sleep": False, **given, **({} if on_gpu else cpu)},
     }
     return TypeAdapter(RunConfig).validate_python(settings)
+
+
+def command_line(options: dict[str, Any]) -> list[str]:
+    """Engine arguments as vLLM's server is told them."""
+    words = []
+    for name, value in options.items():
+        words.append(f"--{name.replace('_', '-')}")
+        words += [] if value is True else [value if isinstance(value, str) else json.dumps(value)]
+    return words
 
 
 def measure(
@@ -184,8 +202,13 @@ def measure(
         copies = [torch.empty_like(weight, device="cpu") for weight in weights]
         copied_s = [timed(lambda: copy_all(weights, copies), prompts_PT.device)[1] for _ in range(6)][1:]
         n_bytes = sum(weight.nbytes for weight in weights)
-        ratio = statistics.median(updates_s) / statistics.median(copied_s)
-        print(f"\nnew weights for the server: {ratio:.2f} times one copy of their {n_bytes / 2**20:.0f} MiB")
+        publish = vars(engines["vllm"])["transport"].publish
+        written_s = statistics.median(timed(publish, prompts_PT.device)[1] for _ in range(arguments.turns))
+        update_s, copy_s = statistics.median(updates_s), statistics.median(copied_s)
+        print(
+            f"\nnew weights for the server: {update_s:.3f} s, {update_s / copy_s:.2f} times one copy of their "
+            f"{n_bytes / 2**20:.0f} MiB ({copy_s:.3f} s); {written_s:.3f} s of it to write them"
+        )
 
 
 def generate_plainly(model: Any, prompts_PT: torch.Tensor, arguments: argparse.Namespace) -> None:
@@ -207,12 +230,12 @@ def start_raw(
     """A process with `vllm.LLM` on the same prompts, which generates once for every line that it is given."""
     on_gpu = prompts_PT.device.type == "cuda"
     options: dict[str, Any] = {"logprobs_mode": "processed_logprobs", "generation_config": "vllm"}
-    cpu = {"enforce_eager": True, "kv_cache_memory_bytes": int(arguments.cache_gib * 2**30)}
+    cpu = {"kv_cache_memory_bytes": int(arguments.cache_gib * 2**30)}
     told = {
         "model": str(arguments.student),
         "dtype": str(dtype).removeprefix("torch."),
         "length": arguments.prompt_tokens + arguments.new_tokens,
-        "options": options | ({"gpu_memory_utilization": 0.4} if on_gpu else cpu),
+        "options": options | arguments.vllm_options | ({"gpu_memory_utilization": 0.4} if on_gpu else cpu),
         "prompts": prompts_PT.tolist(),
         "n": arguments.group_size,
         "new": arguments.new_tokens,

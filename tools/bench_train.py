@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument(
         "--experts", type=int, nargs="+", help="routed experts of a layer, at equal active and total size (default: 16)"
     )
+    parser.add_argument("--vocabulary", type=int, help="of the model (default: 152064 on a GPU, else 8000)")
     parser.add_argument("--config", type=Path, help="run file of a warm-up on problems, as of padd_ds/train.py")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of --config")
     parser.add_argument("--steps", type=int, default=6, help="of every variant, one more first (default %(default)s)")
@@ -74,8 +75,12 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.config is None and arguments.overrides:
         raise UserError(f"{arguments.overrides[0]}: is for --config")
-    if arguments.config is not None and (arguments.rows or arguments.tokens or arguments.experts):
-        raise UserError("--rows, --tokens and --experts are not for --config, whose student and batches stand in it")
+    if arguments.config is not None and any(
+        (arguments.rows, arguments.tokens, arguments.experts, arguments.vocabulary)
+    ):
+        raise UserError(
+            "--rows, --tokens, --experts and --vocabulary are not for --config, whose student and batches stand in it"
+        )
     ranks = start_ranks()
     quiet_libraries()
     on_gpu = ranks.device.type == "cuda"
@@ -85,9 +90,10 @@ def main() -> None:
         compare_as_trained(arguments, ranks, rate)
         what = f"a warm-up of {arguments.config}"
     else:
+        shape = SHAPES[ranks.device.type]
+        shape = {**shape, "vocabulary": arguments.vocabulary or shape["vocabulary"]}
         for n_experts in arguments.experts or [16]:
-            shape = with_experts(SHAPES[ranks.device.type], n_experts)
-            compare(shape, arguments, ranks, rows, tokens, rate)
+            compare(with_experts(shape, n_experts), arguments, ranks, rows, tokens, rate)
         what = f"{rows} rows of {tokens} tokens"
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     product = f"a matrix product {rate / 1e12:.3g} TFLOP/s"

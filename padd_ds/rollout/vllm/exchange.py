@@ -39,8 +39,15 @@ class WeightBoard:
             return
         if label not in self._parts:
             self._lay_out(label, tensors)
-        for (_, into), tensor in zip(views(self._parts[label], self._mapped[label]), tensors.values(), strict=True):
-            into.copy_(tensor)
+        part, row = self._parts[label], self._mapped[label]
+        device = next(iter(tensors.values())).device
+        if device.type == "cpu":
+            fill(part, row, tensors)
+        else:
+            # Many small copies there, and a large one from there.
+            staged = torch.empty_like(row, device=device)
+            fill(part, staged, tensors)
+            row.copy_(staged)
 
     def _lay_out(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
         part = laid_out(tensors)
@@ -49,7 +56,7 @@ class WeightBoard:
         with path.open("xb") as file:
             os.posix_fallocate(file.fileno(), 0, part["bytes"])
         self._parts[label] = part | {"path": str(path)}
-        self._mapped[label] = _map(path, part["bytes"])
+        self._mapped[label] = mapped(path, part["bytes"])
 
 
 class WeightFiles:
@@ -102,7 +109,7 @@ def laid_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 def read_part(part: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of a board's file, where they lie: values change when the trainer writes again."""
-    return views(part, _map(Path(part["path"]), part["bytes"]))
+    return views(part, mapped(Path(part["path"]), part["bytes"]))
 
 
 def views(part: Mapping[str, Any], row: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -113,9 +120,16 @@ def views(part: Mapping[str, Any], row: torch.Tensor) -> Iterator[tuple[str, tor
         yield name, row[start : start + n_bytes].view(dtype).view(shape)
 
 
+def fill(part: Mapping[str, Any], row: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put the values of `tensors` where they are laid out in `row`."""
+    into, values = zip(*zip((view for _, view in views(part, row)), tensors.values(), strict=True), strict=True)
+    torch._foreach_copy_(into, values)
+
+
 def _path(folder: Path, rank: int, label: str) -> Path:
     return folder / f"rank{rank:05d}-{label}.weights"
 
 
-def _map(path: Path, n_bytes: int) -> torch.Tensor:
+def mapped(path: Path, n_bytes: int) -> torch.Tensor:
+    """The bytes of a file, where they lie."""
     return torch.from_file(str(path), shared=True, size=n_bytes, dtype=torch.uint8)

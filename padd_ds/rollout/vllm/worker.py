@@ -4,6 +4,7 @@ Named on the server's command line as --worker-extension-cls, so that every work
 under padd_ and the name of vllm.transport. Written against vLLM 0.32.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -11,11 +12,16 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from padd_ds.rollout.vllm.direct import Plan, Recorder
 from padd_ds.rollout.vllm.exchange import read_part
 from padd_ds.rollout.vllm.network import go_to_meeting, join, receive
+
+logger = init_logger("vllm.padd_ds")
 
 
 @dataclass
@@ -30,14 +36,8 @@ class Parts(WeightTransferUpdateInfo):
     parts: list[dict[str, Any]]
 
 
-class MappedFiles(WeightTransferEngine[Nothing, Parts]):
+class ThroughLoader(WeightTransferEngine[Any, Any]):
     """Loads tensors under their checkpoint names; vLLM shards, fuses and repacks them as it does at its start."""
-
-    init_info_cls = Nothing
-    update_info_cls = Parts
-
-    def init_transfer_engine(self, init_info: Nothing) -> None:
-        """Nothing to do."""
 
     def start_weight_update(self) -> None:
         if self.device.type == "cpu":
@@ -52,14 +52,62 @@ class MappedFiles(WeightTransferEngine[Nothing, Parts]):
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
 
-    def receive_weights(self, update_info: Parts) -> None:
-        self.model.load_weights(chain.from_iterable(read_part(part) for part in update_info.parts))
-
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         """Nothing to do."""
+
+
+class MappedFiles(ThroughLoader):
+    """Loads from files, on a GPU the second time and after straight into the tensors that compute, where it can."""
+
+    init_info_cls = Nothing
+    update_info_cls = Parts
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._plan: Plan | None = None
+        self._recorder: Recorder | None = None
+        # On a CPU weights are repacked for oneDNN even where their own tensors stay as they are.
+        self._is_to_record = self.device.type != "cpu"
+
+    def init_transfer_engine(self, init_info: Nothing) -> None:
+        """Nothing to do."""
+
+    def start_weight_update(self) -> None:
+        if self._plan is not None:
+            return
+        self._recorder = Recorder(self.model) if self._is_to_record else None
+        super().start_weight_update()
+
+    def receive_weights(self, update_info: Parts) -> None:
+        if self._plan is not None:
+            self._plan.apply(update_info.parts)
+        elif self._recorder is not None:
+            with self._recorder:
+                self.model.load_weights(self._recorder.read(update_info.parts))
+        else:
+            self.model.load_weights(chain.from_iterable(read_part(part) for part in update_info.parts))
+
+    def finish_weight_update(self) -> None:
+        if self._plan is not None:
+            # As vLLM's own reload does: some of these compute tensors of their own from the weights.
+            for module in self.model.modules():
+                if is_deferred_attention_layer(module):
+                    module.process_weights_after_loading(self.model_config.dtype)
+            torch.accelerator.synchronize()
+            return
+        with self._recorder or nullcontext():
+            super().finish_weight_update()
+        if self._recorder is not None:
+            repacked = self._recorder.repacked()
+            if repacked:
+                logger.info("padd_ds: weights go through vLLM's loader, since it repacks %s", repacked[0])
+            else:
+                logger.info("padd_ds: further weights go straight into the model")
+                self._plan = self._recorder.plan()
+            self._recorder, self._is_to_record = None, False
 
 
 @dataclass
@@ -81,8 +129,8 @@ class Layer(WeightTransferUpdateInfo):
     part: dict[str, Any]
 
 
-class Broadcasts(MappedFiles):
-    """As MappedFiles, of rows of bytes that the trainer's rank 0 sends."""
+class Broadcasts(ThroughLoader):
+    """Loads rows of bytes that the trainer's rank 0 sends."""
 
     init_info_cls = Meeting
     update_info_cls = Layer

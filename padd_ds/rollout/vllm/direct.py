@@ -1,0 +1,150 @@
+"""New weights straight into the tensors that compute, past a model's loader.
+
+While a loader loads once, `Recorder` watches its copies: from the trainer's files into new tensors, and from those into
+the ones that compute. If afterwards all parameters hold just what the files hold at the recorded places, nothing is
+repacked, and the next weights can be copied there at once.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from padd_ds.rollout.vllm.exchange import mapped, views
+
+Part = Mapping[str, Any]
+"""As `WeightBoard.parts` tells."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a tensor lies in its storage, in elements of its type."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "View":
+        return cls(tensor.dtype, tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset()))
+
+    def on(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same place in the storage of `tensor`."""
+        return tensor.detach().view(self.dtype).as_strided(self.size, self.stride, self.offset)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """From a place in a part's row of bytes into a parameter."""
+
+    part: int
+    source: View
+    into: torch.Tensor
+
+
+class Recorder(TorchDispatchMode):
+    """Active around a model's loading of weights that come by `read`."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._parameters = dict(model.named_parameters())
+        self._computing = {_place(parameter): parameter for parameter in self._parameters.values()}
+        self._parts: dict[int, int] = {}
+        """Number of the part, by its row's place."""
+        self._rows: list[torch.Tensor] = []
+        self._loaded: dict[tuple[int, int], list[tuple[int, View, View]]] = {}
+        """(part, source, target) in tensors that do not compute, by their place and room. Another tensor may come to
+        stand there: what is mixed up so does not hold the files' values."""
+        self._copies: list[Copy] = []
+
+    def read(self, parts: Sequence[Part]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of all parts, where they lie."""
+        for part in parts:
+            row = mapped(Path(part["path"]), part["bytes"])
+            self._parts[_place(row)] = len(self._rows)
+            self._rows.append(row)
+            yield from views(part, row)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default and not args[0].is_meta and not args[1].is_meta:
+            self._note(args[0], args[1])
+        return result
+
+    def _note(self, into: torch.Tensor, source: torch.Tensor) -> None:
+        target, origin = _place(into), _place(source)
+        new, old = (target, _room(into)), (origin, _room(source))
+        computing = self._computing.get(target)
+        if (part := self._parts.get(origin)) is not None:
+            if computing is not None:
+                self._copies.append(Copy(part, View.of(source), View.of(into).on(computing)))
+            else:
+                self._loaded.setdefault(new, []).append((part, View.of(source), View.of(into)))
+        elif computing is not None and origin != target:
+            loaded = self._loaded.pop(old, [])
+            if View.of(into) == View.of(source) and _room(into) == _room(source):
+                self._copies += [Copy(part, view, place.on(computing)) for part, view, place in loaded]
+
+    def repacked(self) -> list[str]:
+        """Names of the parameters that hold anything else than the files at the recorded places."""
+        others = set()
+        for number, row in enumerate(self._rows):
+            copies = [copy for copy in self._copies if copy.part == number]
+            there = row.to(copies[0].into.device) if copies else row
+            others |= {
+                _place(copy.into)
+                for copy in copies
+                if not torch.equal(copy.into, copy.source.on(there).to(copy.into.dtype))
+            }
+        return [
+            name
+            for name, parameter in self._parameters.items()
+            if _place(parameter) in others or not _is_reached(parameter, self._copies)
+        ]
+
+    def plan(self) -> "Plan":
+        """Where everything goes, if nothing is `repacked`."""
+        return Plan(self._copies, [row.nbytes for row in self._rows])
+
+
+class Plan:
+    """Copies from rows of bytes into a model's parameters."""
+
+    def __init__(self, copies: Sequence[Copy], rows_bytes: Sequence[int]) -> None:
+        self._copies = [[copy for copy in copies if copy.part == number] for number in range(len(rows_bytes))]
+        self._rows_bytes = list(rows_bytes)
+
+    @torch.no_grad()
+    def apply(self, parts: Sequence[Part]) -> None:
+        """Copy the values of `parts`, which are laid out as those recorded; ValueError if they are not."""
+        if [part["bytes"] for part in parts] != self._rows_bytes:
+            raise ValueError("the weights are laid out in another way than the first ones")
+        for part, copies in zip(parts, self._copies, strict=True):
+            if not copies:
+                continue
+            # One large copy to the device, and there the many small ones.
+            row = mapped(Path(part["path"]), part["bytes"]).to(copies[0].into.device)
+            torch._foreach_copy_([copy.into for copy in copies], [copy.source.on(row) for copy in copies])
+
+
+def _is_reached(parameter: torch.Tensor, copies: Sequence[Copy]) -> bool:
+    """Whether `copies` go to `parameter`, to every element but for zeros that pad it."""
+    n_elements = parameter.untyped_storage().nbytes() // parameter.element_size()
+    reached = torch.zeros(n_elements, dtype=torch.bool, device=parameter.device)
+    for copy in copies:
+        if _place(copy.into) == _place(parameter):
+            replace(View.of(copy.into), dtype=torch.bool).on(reached).fill_(True)
+    reached = replace(View.of(parameter), dtype=torch.bool).on(reached)
+    return bool(reached.any() and not parameter[~reached].any())
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _room(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
