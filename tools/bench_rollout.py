@@ -148,8 +148,8 @@ def command_line(options: dict[str, Any]) -> list[str]:
     """Engine arguments as vLLM's server is told them."""
     words = []
     for name, value in options.items():
-        words.append(f"--{name.replace('_', '-')}")
-        words += [] if value is True else [value if isinstance(value, str) else json.dumps(value)]
+        words.append(f"--{'no-' if value is False else ''}{name.replace('_', '-')}")
+        words += [] if isinstance(value, bool) else [value if isinstance(value, str) else json.dumps(value)]
     return words
 
 
@@ -235,7 +235,7 @@ def start_raw(
         "model": str(arguments.student),
         "dtype": str(dtype).removeprefix("torch."),
         "length": arguments.prompt_tokens + arguments.new_tokens,
-        "options": options | arguments.vllm_options | ({"gpu_memory_utilization": 0.4} if on_gpu else cpu),
+        "options": options | ({"gpu_memory_utilization": 0.4} if on_gpu else cpu) | arguments.vllm_options,
         "prompts": prompts_PT.tolist(),
         "n": arguments.group_size,
         "new": arguments.new_tokens,

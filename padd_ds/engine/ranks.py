@@ -1,7 +1,6 @@
 """The ranks of a run and the few collectives that decisions are made from."""
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from padd_ds.errors import UserError
-from padd_ds.launcher import launched_rank
+from padd_ds.launcher import launched_world
 
 DEFAULT_PORT = 29500
 """Where ranks meet unless MASTER_PORT names another port, as in torch and DeepSpeed."""
@@ -53,15 +52,27 @@ def start_ranks(patience_s: float = PATIENCE_S) -> Ranks:
     # of 128 (pytorch issue 196678, torch 2.11 to 2.13).
     torch.backends.cuda.enable_cudnn_sdp(False)
     _adopt_slurm_variables()
-    if launched_rank() is None:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    backend = "nccl" if accelerator.device_name() == "cuda" else "gloo"
+    if launched_world() == 1:
+        os.environ.update(RANK="0", WORLD_SIZE="1")
+        os.environ.setdefault("LOCAL_RANK", "0")
+        # DeepSpeed asks for both before it finds that torch needs neither.
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(DEFAULT_PORT))
+        if not torch.distributed.is_initialized():
+            # By no port, which another run that starts on this machine could take first.
+            torch.distributed.init_process_group(
+                backend,
+                store=torch.distributed.HashStore(),
+                rank=0,
+                world_size=1,
+                timeout=timedelta(seconds=patience_s),
+            )
     if not dist.is_initialized():
-        on_gpu = accelerator.device_name() == "cuda"
         # Under mpirun DeepSpeed takes the port from here alone.
         port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
         deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo",
+            dist_backend=backend,
             verbose=False,
             distributed_port=port,
             timeout=timedelta(seconds=patience_s),
@@ -152,13 +163,6 @@ def together(action: Callable[[], Any], ranks: Ranks) -> Any:
         rank, is_user_error, message = failed[0]
         raise UserError(message) if is_user_error else OtherRankFailed(f"rank {rank} failed: {message}")
     return result
-
-
-def _free_port() -> int:
-    """A port for a run that is alone, so that several can stand on one machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _adopt_slurm_variables() -> None:

@@ -1,11 +1,16 @@
 """How long ranks wait for each other."""
 
+import os
+import socket
+import subprocess
+import sys
 from datetime import timedelta
 
 import torch
 
 from padd_ds.engine.ranks import PATIENCE_S, Ranks
 from tests.ranks import run_ranks
+from tests.train_inputs import REPOSITORY
 
 
 def patience(ranks: Ranks) -> float:
@@ -17,3 +22,16 @@ def patience(ranks: Ranks) -> float:
 
 def test_collectives_wait_longer_than_deepspeed_would() -> None:
     assert run_ranks(patience, 1) == [PATIENCE_S]
+
+
+def test_a_rank_alone_needs_no_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        told = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        environment = {name: value for name, value in told.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        # The second time it finds in its environment what the first one left there.
+        twice = "from padd_ds.engine.ranks import *\nfor _ in range(2): print(start_ranks().world); stop_ranks()"
+        command = [sys.executable, "-c", twice]
+        done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-2:] == ["1", "1"], done.stderr[-2000:]

@@ -1,8 +1,8 @@
 """New weights straight into the tensors that compute, past a model's loader.
 
 While a loader loads once, `Recorder` watches its copies: from the trainer's files into new tensors, and from those into
-the ones that compute. If afterwards all parameters hold just what the files hold at the recorded places, nothing is
-repacked, and the next weights can be copied there at once.
+the ones that compute. If afterwards all parameters hold just what the files hold at the recorded places, the next
+weights can be copied there at once.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +56,7 @@ class Recorder(TorchDispatchMode):
         self._parts: dict[int, int] = {}
         """Number of the part, by its row's place."""
         self._rows: list[torch.Tensor] = []
+        self._layout: list[dict[str, Any]] = []
         self._loaded: dict[tuple[int, int], list[tuple[int, View, View]]] = {}
         """(part, source, target) in tensors that do not compute, by their place and room. Another tensor may come to
         stand there: what is mixed up so does not hold the files' values."""
@@ -67,6 +68,7 @@ class Recorder(TorchDispatchMode):
             row = mapped(Path(part["path"]), part["bytes"])
             self._parts[_place(row)] = len(self._rows)
             self._rows.append(row)
+            self._layout.append(_layout_of(part))
             yield from views(part, row)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,57 +91,64 @@ class Recorder(TorchDispatchMode):
             if View.of(into) == View.of(source) and _room(into) == _room(source):
                 self._copies += [Copy(part, view, place.on(computing)) for part, view, place in loaded]
 
-    def repacked(self) -> list[str]:
+    def not_as_in_files(self) -> list[str]:
         """Names of the parameters that hold anything else than the files at the recorded places."""
-        others = set()
-        for number, row in enumerate(self._rows):
-            copies = [copy for copy in self._copies if copy.part == number]
-            there = row.to(copies[0].into.device) if copies else row
-            others |= {
-                _place(copy.into)
-                for copy in copies
-                if not torch.equal(copy.into, copy.source.on(there).to(copy.into.dtype))
-            }
-        return [
+        others = {
+            _place(copy.into)
+            for copy in self._copies
+            if not torch.equal(copy.into, copy.source.on(self._rows[copy.part]).to(copy.into))
+        }
+        named = [
             name
             for name, parameter in self._parameters.items()
             if _place(parameter) in others or not _is_reached(parameter, self._copies)
         ]
+        return named + (["what was loaded beside the parameters"] if self._loaded else [])
 
     def plan(self) -> "Plan":
-        """Where everything goes, if nothing is `repacked`."""
-        return Plan(self._copies, [row.nbytes for row in self._rows])
+        """Where everything goes, if nothing is `not_as_in_files`."""
+        padded = [one for one in self._parameters.values() if not bool(_reached(one, self._copies).all())]
+        return Plan(self._copies, padded, self._layout)
 
 
 class Plan:
     """Copies from rows of bytes into a model's parameters."""
 
-    def __init__(self, copies: Sequence[Copy], rows_bytes: Sequence[int]) -> None:
-        self._copies = [[copy for copy in copies if copy.part == number] for number in range(len(rows_bytes))]
-        self._rows_bytes = list(rows_bytes)
+    def __init__(self, copies: Sequence[Copy], padded: Sequence[torch.Tensor], layout: Sequence[Part]) -> None:
+        self._copies, self._padded, self._layout = copies, padded, layout
+
+    def fits(self, parts: Sequence[Part]) -> bool:
+        """Whether `parts` are laid out as those recorded."""
+        return [_layout_of(part) for part in parts] == self._layout
 
     @torch.no_grad()
     def apply(self, parts: Sequence[Part]) -> None:
-        """Copy the values of `parts`, which are laid out as those recorded; ValueError if they are not."""
-        if [part["bytes"] for part in parts] != self._rows_bytes:
-            raise ValueError("the weights are laid out in another way than the first ones")
-        for part, copies in zip(parts, self._copies, strict=True):
-            if not copies:
-                continue
-            # One large copy to the device, and there the many small ones.
-            row = mapped(Path(part["path"]), part["bytes"]).to(copies[0].into.device)
-            torch._foreach_copy_([copy.into for copy in copies], [copy.source.on(row) for copy in copies])
+        """Give the parameters the values of `parts`, which `fits`."""
+        for parameter in self._padded:
+            parameter.zero_()  # what pads it is lost in a sleep
+        rows = [mapped(Path(part["path"]), part["bytes"]) for part in parts]
+        for copy in self._copies:
+            copy.into.copy_(copy.source.on(rows[copy.part]))
 
 
 def _is_reached(parameter: torch.Tensor, copies: Sequence[Copy]) -> bool:
     """Whether `copies` go to `parameter`, to every element but for zeros that pad it."""
+    reached = _reached(parameter, copies)
+    return bool(reached.any() and not (parameter.ne(0) & ~reached).any())
+
+
+def _reached(parameter: torch.Tensor, copies: Sequence[Copy]) -> torch.Tensor:
+    """Which elements of `parameter` the `copies` go to."""
     n_elements = parameter.untyped_storage().nbytes() // parameter.element_size()
     reached = torch.zeros(n_elements, dtype=torch.bool, device=parameter.device)
     for copy in copies:
         if _place(copy.into) == _place(parameter):
             replace(View.of(copy.into), dtype=torch.bool).on(reached).fill_(True)
-    reached = replace(View.of(parameter), dtype=torch.bool).on(reached)
-    return bool(reached.any() and not parameter[~reached].any())
+    return replace(View.of(parameter), dtype=torch.bool).on(reached)
+
+
+def _layout_of(part: Part) -> dict[str, Any]:
+    return {"bytes": part["bytes"], "tensors": part["tensors"]}
 
 
 def _place(tensor: torch.Tensor) -> int:

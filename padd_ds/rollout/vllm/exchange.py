@@ -39,15 +39,8 @@ class WeightBoard:
             return
         if label not in self._parts:
             self._lay_out(label, tensors)
-        part, row = self._parts[label], self._mapped[label]
-        device = next(iter(tensors.values())).device
-        if device.type == "cpu":
-            fill(part, row, tensors)
-        else:
-            # Many small copies there, and a large one from there.
-            staged = torch.empty_like(row, device=device)
-            fill(part, staged, tensors)
-            row.copy_(staged)
+        for (_, into), tensor in zip(views(self._parts[label], self._mapped[label]), tensors.values(), strict=True):
+            into.copy_(tensor)
 
     def _lay_out(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
         part = laid_out(tensors)
@@ -118,12 +111,6 @@ def views(part: Mapping[str, Any], row: torch.Tensor) -> Iterator[tuple[str, tor
         dtype = getattr(torch, dtype_name)
         n_bytes = dtype.itemsize * torch.Size(shape).numel()
         yield name, row[start : start + n_bytes].view(dtype).view(shape)
-
-
-def fill(part: Mapping[str, Any], row: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put the values of `tensors` where they are laid out in `row`."""
-    into, values = zip(*zip((view for _, view in views(part, row)), tensors.values(), strict=True), strict=True)
-    torch._foreach_copy_(into, values)
 
 
 def _path(folder: Path, rank: int, label: str) -> Path:

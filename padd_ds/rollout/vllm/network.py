@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed
 
-from padd_ds.rollout.vllm.exchange import fill, views
+from padd_ds.rollout.vllm.exchange import views
 
 
 def open_meeting(timeout_s: float) -> Any:
@@ -42,7 +42,8 @@ def join(store: Any, rank: int, world: int, device: torch.device, timeout_s: flo
 def send(group: Any, part: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
     """Give all receivers `tensors`, laid out as `part` tells."""
     row = torch.empty(part["bytes"], dtype=torch.uint8, device=device)
-    fill(part, row, tensors)
+    for (_, into), tensor in zip(views(part, row), tensors.values(), strict=True):
+        into.copy_(tensor)
     group.broadcast(row, 0).wait()
 
 

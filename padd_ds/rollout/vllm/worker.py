@@ -70,18 +70,20 @@ class MappedFiles(ThroughLoader):
         self._plan: Plan | None = None
         self._recorder: Recorder | None = None
         # On a CPU weights are repacked for oneDNN even where their own tensors stay as they are.
-        self._is_to_record = self.device.type != "cpu"
+        self._records = self.device.type == "cuda" and bool(torch.version.cuda) and not self.model_config.quantization
 
     def init_transfer_engine(self, init_info: Nothing) -> None:
         """Nothing to do."""
 
     def start_weight_update(self) -> None:
-        if self._plan is not None:
-            return
-        self._recorder = Recorder(self.model) if self._is_to_record else None
-        super().start_weight_update()
+        if self._plan is None:
+            self._recorder = Recorder(self.model) if self._records else None
+            super().start_weight_update()
 
     def receive_weights(self, update_info: Parts) -> None:
+        if self._plan is not None and not self._plan.fits(update_info.parts):  # another training's
+            self._plan = None
+            self.start_weight_update()
         if self._plan is not None:
             self._plan.apply(update_info.parts)
         elif self._recorder is not None:
@@ -92,22 +94,24 @@ class MappedFiles(ThroughLoader):
 
     def finish_weight_update(self) -> None:
         if self._plan is not None:
-            # As vLLM's own reload does: some of these compute tensors of their own from the weights.
+            # As vLLM's own reload does: attention may keep what it computes from its parameters.
             for module in self.model.modules():
                 if is_deferred_attention_layer(module):
                     module.process_weights_after_loading(self.model_config.dtype)
-            torch.accelerator.synchronize()
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
             return
         with self._recorder or nullcontext():
             super().finish_weight_update()
         if self._recorder is not None:
-            repacked = self._recorder.repacked()
-            if repacked:
-                logger.info("padd_ds: weights go through vLLM's loader, since it repacks %s", repacked[0])
+            others = self._recorder.not_as_in_files()
+            if others:
+                self._records = False
+                logger.info("padd_ds: weights go through vLLM's loader; not as in the files: %s", others[0])
             else:
-                logger.info("padd_ds: further weights go straight into the model")
                 self._plan = self._recorder.plan()
-            self._recorder, self._is_to_record = None, False
+                logger.info("padd_ds: further weights go straight into the model")
+            self._recorder = None
 
 
 @dataclass

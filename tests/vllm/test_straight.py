@@ -1,0 +1,17 @@
+"""Weights past vLLM's loader, as on a GPU."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from tests.train_inputs import REPOSITORY
+from tests.vllm.conftest import PYTHON, save_student
+
+
+def test_further_weights_end_where_vllms_loader_puts_them(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("straight_into_vllm.py")
+    command = [str(PYTHON), str(script), str(save_student(tmp_path / "student"))]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "STRAIGHT" in done.stdout
