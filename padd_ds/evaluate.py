@@ -5,7 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from padd_ds.evaluation.kept import KeptResponses, Share, open_work, work_folder
 from padd_ds.files import check_output_free, staged_directory, write_text_whole
 from padd_ds.launcher import launched_world
 from padd_ds.rollout.vllm.server import check_installed
+from padd_ds.run.lock import run_lock
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -143,7 +144,7 @@ def run(
     from padd_ds.evaluation.routing import find_routers
     from padd_ds.evaluation.scoring import EvaluationOptions, evaluate_problems
 
-    with share_of_ranks() as share:
+    with share_of_ranks() as share, ExitStack() as stack:
         model, tokenizer = share.together(lambda: load_for(args, share))
         if args.routing:
             find_routers(model)
@@ -167,7 +168,7 @@ def run(
         if share.rank == 0:
             measure_texts(args, model, tokenizer, problems, prompts, text, measured)
         if problems:
-            kept = open_responses(args, settings, model, share)
+            kept = open_responses(args, settings, model, share, stack)
             with drawing(args, model, tokenizer, prompts, share) as draw:
                 measured.problems = evaluate_problems(model, tokenizer, problems, options, kept, draw)
                 if samples := settings["samples"]:
@@ -309,8 +310,11 @@ def share_of_ranks() -> Iterator[Share]:
         stop_ranks()
 
 
-def open_responses(args: argparse.Namespace, settings: dict[str, Any], model: Any, share: Share) -> KeptResponses:
-    """What is kept of the responses, from an interruption of the same evaluation if there was one."""
+def open_responses(
+    args: argparse.Namespace, settings: dict[str, Any], model: Any, share: Share, stack: ExitStack
+) -> KeptResponses:
+    """What is kept of the responses, from an interruption of the same evaluation if there was one. Until `stack`
+    closes no other process may evaluate to this output."""
     from padd_ds.hf import files_hash
 
     names = ("model", "template", "answer_format", "pattern", "tolerance", "max_new_tokens", "temperature", "top_p")
@@ -321,6 +325,7 @@ def open_responses(args: argparse.Namespace, settings: dict[str, Any], model: An
     def open_once() -> None:
         if share.rank == 0:
             weights = files_hash(args.model, model.config)
+            stack.enter_context(run_lock(work_folder(args.output), "evaluates", "another output"))
             open_work(args.output, plan | {"weights": weights}, args.overwrite)
 
     share.wait()

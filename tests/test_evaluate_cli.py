@@ -11,6 +11,7 @@ from padd_ds.errors import UserError
 from padd_ds.evaluation.results import Measured
 from padd_ds.evaluation.scoring import summarise
 from padd_ds.rollout.verify import AnswerChecker
+from padd_ds.run.lock import run_lock
 from tests.data.characters import VOCABULARY, character_tokenizer
 from tests.evaluation.test_scoring import scored
 from tests.ranks import run_ranks
@@ -165,6 +166,16 @@ def test_an_interrupted_evaluation_goes_on_by_the_same_command(model, files, mon
     assert responses(files) == responses(files, "whole")
     first, second = (json.loads((files / name).read_text())["headline"] for name in ("out.json", "whole.json"))
     assert first == second
+
+
+def test_an_output_that_another_process_evaluates_to_is_refused(model, files):
+    command = arguments(model, files, "--answer-format", "last_number")
+    with run_lock(files / ".out.json.partial"):
+        with pytest.raises(UserError, match=r"partial: another process evaluates in this folder .*pid.*another output"):
+            evaluate.main(command)
+        evaluate.main([*command, "--output", str(files / "beside.json")])
+    evaluate.main(command)
+    assert responses(files) == responses(files, "beside")
 
 
 def evaluate_on(ranks, command: list[str]) -> int:

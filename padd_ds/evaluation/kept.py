@@ -11,6 +11,7 @@ from typing import Any
 
 from padd_ds.errors import UserError
 from padd_ds.files import disk_full_is_user_error, write_text_whole
+from padd_ds.run.lock import LOCK
 
 PLAN_NAME = "plan.json"
 """In a work folder: what makes the work the same."""
@@ -127,7 +128,8 @@ def responses_file(output: Path) -> Path:
 def open_work(output: Path, plan: dict[str, Any], overwrite: bool) -> None:
     """Make the work folder of an evaluation with these settings, or take up the one that an interruption left.
 
-    UserError: one with other settings is there. With `overwrite` it is deleted. `plan` holds plain JSON values.
+    UserError: one with other settings is there. With `overwrite` it is emptied, but for its lock. `plan` holds plain
+    JSON values.
     """
     folder = work_folder(output)
     there = kept_plan(folder, "rank_*.jsonl")
@@ -137,7 +139,9 @@ def open_work(output: Path, plan: dict[str, Any], overwrite: bool) -> None:
                 f"{folder}: an interrupted evaluation with another {changed_keys(there, plan)} is kept there; repeat "
                 "its command to finish it, pass --overwrite to delete it, or choose another output"
             )
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.glob("*"):
+            if path.name != LOCK:
+                path.unlink()
     with _on_full_disk(output):
         folder.mkdir(parents=True, exist_ok=True)
         write_text_whole(folder / PLAN_NAME, json.dumps(plan))

@@ -1,4 +1,4 @@
-"""One process tree per run folder."""
+"""One process tree per folder of a run, or of an evaluation."""
 
 import fcntl
 import json
@@ -15,10 +15,11 @@ LOCK = ".lock"
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, work: str = "trains", instead: str = "another run_dir") -> Iterator[None]:
     """Make `folder` where it is not there, and hold it as long as the block runs, or until the process dies.
 
-    UserError where another process holds it. A file system without locks is told of and works without.
+    UserError where another process holds it; it says what `work` that does and what to choose `instead`. A file system
+    without locks is told of and works without.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
@@ -27,8 +28,8 @@ def run_lock(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{folder}: another process trains in this folder ({file.read().strip()}); "
-                "wait for it, end it, or choose another run_dir"
+                f"{folder}: another process {work} in this folder ({file.read().strip()}); "
+                f"wait for it, end it, or choose {instead}"
             ) from None
         except OSError as error:
             print(f"warning: {folder} cannot be locked ({error}); start one job at a time in it", file=sys.stderr)

@@ -100,15 +100,26 @@ class Recorder(TorchDispatchMode):
         }
         named = [
             name
-            for name, parameter in self._parameters.items()
-            if _place(parameter) in others or not _is_reached(parameter, self._copies)
+            for name, reached in self._reached()
+            if _place(self._parameters[name]) in others
+            # Zeros may pad a parameter, but are not all of it.
+            or not reached.any()
+            or (self._parameters[name].ne(0) & ~reached).any()
         ]
         return named + (["what was loaded beside the parameters"] if self._loaded else [])
 
     def plan(self) -> "Plan":
         """Where everything goes, if nothing is `not_as_in_files`."""
-        padded = [one for one in self._parameters.values() if not bool(_reached(one, self._copies).all())]
+        padded = [self._parameters[name] for name, reached in self._reached() if not reached.all()]
         return Plan(self._copies, padded, self._layout)
+
+    def _reached(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Which elements of a parameter the copies go to, one parameter after the other."""
+        into: dict[int, list[torch.Tensor]] = {}
+        for copy in self._copies:
+            into.setdefault(_place(copy.into), []).append(copy.into)
+        for name, parameter in self._parameters.items():
+            yield name, _marked(parameter, into.get(_place(parameter), []))
 
 
 class Plan:
@@ -131,20 +142,13 @@ class Plan:
             copy.into.copy_(copy.source.on(rows[copy.part]))
 
 
-def _is_reached(parameter: torch.Tensor, copies: Sequence[Copy]) -> bool:
-    """Whether `copies` go to `parameter`, to every element but for zeros that pad it."""
-    reached = _reached(parameter, copies)
-    return bool(reached.any() and not (parameter.ne(0) & ~reached).any())
-
-
-def _reached(parameter: torch.Tensor, copies: Sequence[Copy]) -> torch.Tensor:
-    """Which elements of `parameter` the `copies` go to."""
+def _marked(parameter: torch.Tensor, within: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Which elements of `parameter` lie in one of `within`, views of its storage."""
     n_elements = parameter.untyped_storage().nbytes() // parameter.element_size()
-    reached = torch.zeros(n_elements, dtype=torch.bool, device=parameter.device)
-    for copy in copies:
-        if _place(copy.into) == _place(parameter):
-            replace(View.of(copy.into), dtype=torch.bool).on(reached).fill_(True)
-    return replace(View.of(parameter), dtype=torch.bool).on(reached)
+    marks = torch.zeros(n_elements, dtype=torch.bool, device=parameter.device)
+    for view in within:
+        replace(View.of(view), dtype=torch.bool).on(marks).fill_(True)
+    return replace(View.of(parameter), dtype=torch.bool).on(marks)
 
 
 def _layout_of(part: Part) -> dict[str, Any]:
