@@ -17,9 +17,8 @@ from padd_ds.data.sources import read_rows
 from padd_ds.errors import UserError, run_cli
 from padd_ds.evaluation.arguments import check_arguments, page_files, parse_args, server_options
 from padd_ds.evaluation.benchmarks import BENCHMARKS, load_benchmark
-from padd_ds.evaluation.kept import KeptResponses, Share, open_work, work_folder
+from padd_ds.evaluation.kept import KeptResponses, Share, open_work, share_of_ranks, work_folder
 from padd_ds.files import check_output_free, staged_directory, write_text_whole
-from padd_ds.launcher import launched_world
 from padd_ds.rollout.vllm.server import check_installed
 from padd_ds.run.lock import run_lock
 
@@ -287,27 +286,6 @@ def teacher_clusters(args: argparse.Namespace, model: Any) -> Any:
     targets, routers = load_targets(Path(args.routing_targets or args.model)), find_routers(model)
     teacher = load_like(args.routing_teacher, model)
     return TeacherClusters(teacher=teacher, targets=targets, n_layers=len(routers), n_experts=routers[0].n_experts)
-
-
-@contextmanager
-def share_of_ranks() -> Iterator[Share]:
-    """This process's share of the work among the ranks that a launcher started, or all of it."""
-    if launched_world() == 1:
-        yield Share()
-        return
-    from padd_ds.engine.ranks import patient_barrier, start_ranks, stop_ranks, together
-
-    ranks = start_ranks()
-    try:
-        yield Share(
-            rank=ranks.rank,
-            world=ranks.world,
-            device=str(ranks.device),
-            wait=patient_barrier(),
-            together=lambda action: together(action, ranks),
-        )
-    finally:
-        stop_ranks()
 
 
 def open_responses(

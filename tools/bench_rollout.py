@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # Lets the tool run by its path, where only its own folder is importable.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,6 +33,7 @@ from padd_ds.errors import UserError, run_cli
 from padd_ds.hf import load_tokenizer, read_config
 from padd_ds.rollout.generation import Prompts, RolloutEngine, Sampling
 from padd_ds.rollout.settings import callers_settings_alone
+from padd_ds.rollout.vllm.engine import VllmRollout
 from padd_ds.rollout.vllm.server import check_installed
 from padd_ds.stages.rollouts import rollout_engine, rollout_servers
 from padd_ds.train import quiet_libraries
@@ -62,7 +63,7 @@ POLLING_S = 3.0
 """More than vLLM's processes poll, on cores of ours, after their last message."""
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", type=Path, required=True, help="folder of the student")
     parser.add_argument(
@@ -83,7 +84,11 @@ def main() -> None:
         help='engine arguments of vLLM, both ways (default: on a CPU {"enforce_eager": true})',
     )
     parser.add_argument("--cache-gib", type=float, default=1.0, help="of vLLM, on a CPU (default %(default)s)")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_args()
     ranks = start_ranks()
     quiet_libraries()
     if ranks.world > 1 and arguments.vllm:
@@ -194,21 +199,27 @@ def measure(
     if ranks.is_main:
         print(table(seconds, tokens))
     if "vllm" in engines:
-        updates_s = []
-        for version in range(arguments.turns + 1, 2 * arguments.turns + 1):
-            time.sleep(POLLING_S)
-            updates_s.append(timed(engines["vllm"].ready(version).__enter__, prompts_PT.device)[1])
+        versions = range(arguments.turns + 1, 2 * arguments.turns + 1)
         weights = [parameter.detach() for parameter in plain.parameters()]
-        copies = [torch.empty_like(weight, device="cpu") for weight in weights]
-        copied_s = [timed(lambda: copy_all(weights, copies), prompts_PT.device)[1] for _ in range(6)][1:]
-        n_bytes = sum(weight.nbytes for weight in weights)
-        publish = vars(engines["vllm"])["transport"].publish
-        written_s = statistics.median(timed(publish, prompts_PT.device)[1] for _ in range(arguments.turns))
-        update_s, copy_s = statistics.median(updates_s), statistics.median(copied_s)
-        print(
-            f"\nnew weights for the server: {update_s:.3f} s, {update_s / copy_s:.2f} times one copy of their "
-            f"{n_bytes / 2**20:.0f} MiB ({copy_s:.3f} s); {written_s:.3f} s of it to write them"
-        )
+        print(updates(cast(VllmRollout, engines["vllm"]), versions, weights))
+
+
+def updates(engine: VllmRollout, versions: range, weights: list[torch.Tensor]) -> str:
+    """How long the server takes to get `versions` of new weights, beside one copy of `weights` to the host."""
+    device = weights[0].device
+    updates_s = []
+    for version in versions:
+        time.sleep(POLLING_S)
+        updates_s.append(timed(engine.ready(version).__enter__, device)[1])
+    written_s = [timed(engine.transport.publish, device)[1] for _ in versions]
+    copies = [torch.empty_like(weight, device="cpu") for weight in weights]
+    copied_s = [timed(lambda: copy_all(weights, copies), device)[1] for _ in range(6)][1:]
+    n_mib = sum(weight.nbytes for weight in weights) / 2**20
+    update_s, write_s, copy_s = map(statistics.median, (updates_s, written_s, copied_s))
+    return (
+        f"\nnew weights for the server: {update_s:.3f} s, {update_s / copy_s:.2f} times one copy of their "
+        f"{n_mib:.0f} MiB ({copy_s:.3f} s); {write_s:.3f} s of it to write them"
+    )
 
 
 def generate_plainly(model: Any, prompts_PT: torch.Tensor, arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from padd_ds.errors import UserError
 from padd_ds.files import disk_full_is_user_error, write_text_whole
+from padd_ds.launcher import launched_world
 from padd_ds.run.lock import LOCK
 
 PLAN_NAME = "plan.json"
@@ -55,6 +56,27 @@ class Share:
     """Returns when every rank has called it."""
     together: Callable[[Callable[[], Any]], Any] = lambda action: action()
     """Runs it on every rank; fails on all if it fails on one."""
+
+
+@contextmanager
+def share_of_ranks() -> Iterator[Share]:
+    """This process's share of the work among the ranks that a launcher started, or all of it."""
+    if launched_world() == 1:
+        yield Share()
+        return
+    from padd_ds.engine.ranks import patient_barrier, start_ranks, stop_ranks, together
+
+    ranks = start_ranks()
+    try:
+        yield Share(
+            rank=ranks.rank,
+            world=ranks.world,
+            device=str(ranks.device),
+            wait=patient_barrier(),
+            together=lambda action: together(action, ranks),
+        )
+    finally:
+        stop_ranks()
 
 
 class KeptResponses:

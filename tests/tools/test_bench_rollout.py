@@ -1,6 +1,6 @@
 """What the rollout benchmark makes of the seconds that it measured; a run of it is what `make bench-rollout` does."""
 
-from tools.bench_rollout import table
+from tools.bench_rollout import command_line, table
 
 
 def test_each_engine_is_compared_turn_by_turn_with_its_own_library() -> None:
@@ -14,3 +14,21 @@ def test_each_engine_is_compared_turn_by_turn_with_its_own_library() -> None:
     assert rows["engine hf"] == "40 | 2.00 (2.00 to 2.00)"
     assert rows["engine vllm"] == "30 | 0.50 (0.50 to 0.50)"
     assert rows["transformers' generate"] == "20 | 1" and rows["vllm.LLM"] == "60 | 1"
+
+
+def test_the_server_is_told_the_options_that_raw_vllm_takes() -> None:
+    options = {
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_num_seqs": 4,
+        "compilation_config": {"mode": 0},
+    }
+    words = [
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+        "--max-num-seqs",
+        "4",
+        "--compilation-config",
+        '{"mode": 0}',
+    ]
+    assert command_line(options) == words
