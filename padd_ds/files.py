@@ -123,3 +123,9 @@ def replace_folder(staged: Path, path: Path) -> None:
     os.rename(path, old / path.name)
     os.rename(staged, path)
     shutil.rmtree(old)
+
+
+def delete_unfinished_tensors(folder: Path) -> None:
+    """Delete what safetensors left in `folder` and below when it was killed: it writes to a file `.tmp*` first."""
+    for path in folder.rglob(".tmp*"):
+        path.unlink()

@@ -14,7 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from padd_ds.errors import UserError
-from padd_ds.files import check_output_free, disk_full_is_user_error, give_usual_modes, replace_folder
+from padd_ds.files import (
+    check_output_free,
+    delete_unfinished_tensors,
+    disk_full_is_user_error,
+    give_usual_modes,
+    replace_folder,
+)
 
 RESULT, FINGERPRINT, LOCK = "result", "fingerprint.json", "lock"
 METADATA_KEY = "padd_layer"
@@ -132,6 +138,7 @@ def _keep_or_empty(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     path = folder / FINGERPRINT
     # Without a result the folder is what a kill left of a finished conversion, after the result had been moved.
     if (folder / RESULT).is_dir() and path.is_file() and path.read_text(encoding="utf-8") == text:
+        delete_unfinished_tensors(folder)
         return
     for entry in folder.iterdir():
         if entry.is_dir():

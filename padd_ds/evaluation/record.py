@@ -25,6 +25,7 @@ from padd_ds.evaluation.generate import GenerationOptions, generate_responses
 from padd_ds.evaluation.kept import PLAN_NAME, changed_keys, kept_plan, work_folder
 from padd_ds.files import (
     check_output_free,
+    delete_unfinished_tensors,
     disk_full_is_user_error,
     give_usual_modes,
     replace_folder,
@@ -124,6 +125,7 @@ def _open_work(work: Path, plan: dict[str, Any]) -> None:
             )
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
+    delete_unfinished_tensors(work)
     write_text_whole(work / PLAN_NAME, json.dumps(plan))
 
 

@@ -21,6 +21,7 @@ def leave_two_layers(output: Path, fingerprint: dict[str, int]) -> None:
             states = {"states": torch.full((3,), float(layer))}
             folder.finish_layer(layer, states, {"target": torch.tensor([layer])}, {"layer": layer})
         (folder.result / "shard").write_text("one")
+        (folder.result / ".tmpa1B2c3").write_text("what safetensors leaves when it is killed")
         raise Killed
 
 
