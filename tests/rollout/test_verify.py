@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,20 @@ BOXED = AnswerFormat(name="boxed")
 
 
 def children(pid: int = os.getpid()) -> set[int]:
-    """Living child processes, zombies included."""
-    files = Path(f"/proc/{pid}/task").glob("*/children")
-    return {int(child) for file in files for child in file.read_text().split()}
+    """Living child processes, zombies included, when two looks agree: a child whose thread ends is not seen by one."""
+    one, other = _listed(pid), None
+    while one != other:
+        time.sleep(0.02)
+        one, other = _listed(pid), one
+    return one
 
 
-def child_since(before: set[int]) -> int:
-    """The one child that came since; the kernel may not list it for a moment, while the thread that began it ends."""
-    for _ in range(100):
-        if new := children() - before:
-            (child,) = new
-            return child
-        time.sleep(0.05)
-    raise AssertionError("no child came")
+def _listed(pid: int) -> set[int]:
+    listed = set()
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # that thread ended
+            listed |= {int(child) for child in file.read_text().split()}
+    return listed
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +176,7 @@ def test_what_was_asked_of_a_worker_that_died_is_asked_again():
     with AnswerChecker() as checker:
         before = children()
         assert checker.check([("2", "2")])[0].correct
-        worker = child_since(before)
+        (worker,) = children() - before
         os.kill(worker, signal.SIGKILL)
         verdicts = checker.check([("2", "2"), ("3", "3")])
         assert [verdict.status for verdict in verdicts] == ["ok", "ok"]
@@ -191,7 +193,7 @@ def test_a_worker_that_is_stopped_is_replaced():
     with AnswerChecker(timeout_s=2.0) as checker:
         before = children()
         assert checker.check([("2", "2")])[0].correct
-        worker = child_since(before)
+        (worker,) = children() - before
         os.kill(worker, signal.SIGSTOP)
         assert [verdict.status for verdict in checker.check([("3", "3"), ("4", "4")])] == ["timeout", "ok"]
         assert not _running(worker)
