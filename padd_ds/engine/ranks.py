@@ -116,12 +116,17 @@ def gather_over_group(tensor: torch.Tensor, group: Any) -> torch.Tensor:
 def on_main(action: Callable[[], Any], ranks: Ranks) -> Any:
     """What `action` gives on rank 0, on every rank, as other nodes may see other files. Collective."""
     result = [together(lambda: action() if ranks.is_main else None, ranks)]
-    torch.distributed.broadcast_object_list(result, src=0)
+    if ranks.world > 1:
+        torch.distributed.broadcast_object_list(result, src=0)
     return result[0]
 
 
 def gather_objects(mine: Any, ranks: Ranks) -> list[Any]:
     """What every rank gave, in the order of ranks; small plain values. Collective."""
+    if ranks.world == 1:
+        # Gloo's thread would copy 32 KiB and more with OpenMP threads of its own. They stay, and where there are then
+        # more than cores, libgomp has those of training sleep between two operations in place of spinning.
+        return [mine]
     told: list[Any] = [None] * ranks.world
     torch.distributed.all_gather_object(told, mine)
     return told

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 
-from padd_ds.engine.ranks import PATIENCE_S, Ranks
+from padd_ds.engine.ranks import PATIENCE_S, Ranks, gather_objects, on_main
 from tests.ranks import run_ranks
 from tests.train_inputs import REPOSITORY
 
@@ -22,6 +22,19 @@ def patience(ranks: Ranks) -> float:
 
 def test_collectives_wait_longer_than_deepspeed_would() -> None:
     assert run_ranks(patience, 1) == [PATIENCE_S]
+
+
+def threads_left_behind(ranks: Ranks) -> int:
+    torch.set_num_threads(2)
+    torch.ones(2**20).add(1)
+    before = set(os.listdir("/proc/self/task"))
+    large = "x" * 2**20
+    assert gather_objects(large, ranks) == [large] and on_main(lambda: large, ranks) == large
+    return len(set(os.listdir("/proc/self/task")) - before)
+
+
+def test_large_values_of_a_rank_alone_leave_no_threads_beside_those_of_training() -> None:
+    assert run_ranks(threads_left_behind, 1) == [0]
 
 
 def test_a_rank_alone_needs_no_port() -> None:

@@ -1,5 +1,6 @@
 """A real server follows the student that is trained: same responses, same likelihoods, every weight and bias."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,21 @@ def spread(ranks: Ranks, model: str, url: str, folder: str, zero_stage: int) -> 
 def test_weights_come_from_the_shards_of_all_ranks(server: Server, tmp_path: Path, zero_stage: int) -> None:
     for both in run_ranks(spread, 2, server.model, server.url, str(tmp_path / "weights"), zero_stage):
         assert max(both) < 1e-4
+
+
+def commands_that_write_to(log: Path) -> Iterator[bytes]:
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(process / "fd" / "1") == str(log):
+                yield (process / "cmdline").read_bytes()
+        except OSError:
+            continue  # it has ended
+
+
+def test_on_a_cpu_no_worker_polls_beside_the_engine(server: Server) -> None:
+    commands = list(commands_that_write_to(server.log_path))
+    assert any(b"VLLM::EngineCore" in command for command in commands)
+    assert not any(b"VLLM::Worker" in command for command in commands)
 
 
 def test_a_stale_version_is_refused(server: Server, tmp_path: Path) -> None:

@@ -26,4 +26,8 @@ if __name__ == "__main__":
         # vLLM 0.32 takes back the draw of a seeded request whose prompt it has read in part, and a CPU's generator
         # cannot: its engine dies. First, so that arguments of the user's overrule it.
         sys.argv.insert(1, "--no-enable-chunked-prefill")
+        if sys.argv[sys.argv.index("--tensor-parallel-size") + 1] == "1":
+            # A worker of its own would poll for a second after its last message, on cores that training could use.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # vLLM's condition on a CPU
+            sys.argv[1:1] = ["--distributed-executor-backend", "uni"]
     main()
