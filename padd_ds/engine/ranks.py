@@ -116,7 +116,7 @@ def gather_over_group(tensor: torch.Tensor, group: Any) -> torch.Tensor:
 def on_main(action: Callable[[], Any], ranks: Ranks) -> Any:
     """What `action` gives on rank 0, on every rank, as other nodes may see other files. Collective."""
     result = [together(lambda: action() if ranks.is_main else None, ranks)]
-    if ranks.world > 1:
+    if ranks.world > 1:  # see gather_objects
         torch.distributed.broadcast_object_list(result, src=0)
     return result[0]
 
