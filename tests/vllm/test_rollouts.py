@@ -108,6 +108,8 @@ def compared(ranks: Ranks, model: str, url: str, folder: str) -> dict[str, Any]:
         "the embedding": lambda: student.model.model.embed_tokens.weight.mul_(1.5),
         "a norm": lambda: student.model.model.norm.weight.mul_(0.7),
         "a shared expert": lambda: student.model.model.layers[0].mlp.shared_experts.up_proj.weight.mul_(2.0),
+        # The server's third update and all after it go another way.
+        "an expert's weight again": lambda: layer.experts.w2[2].sub_(0.3),
     }
     for version, (what, change) in enumerate(changes.items(), start=1):
         with torch.no_grad():

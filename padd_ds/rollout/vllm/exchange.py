@@ -49,7 +49,7 @@ class WeightBoard:
         with path.open("xb") as file:
             os.posix_fallocate(file.fileno(), 0, part["bytes"])
         self._parts[label] = part | {"path": str(path)}
-        self._mapped[label] = mapped(path, part["bytes"])
+        self._mapped[label] = _mapped(path, part["bytes"])
 
 
 class WeightFiles:
@@ -102,7 +102,7 @@ def laid_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 def read_part(part: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of a board's file, where they lie: values change when the trainer writes again."""
-    return views(part, mapped(Path(part["path"]), part["bytes"]))
+    return views(part, _mapped(Path(part["path"]), part["bytes"]))
 
 
 def views(part: Mapping[str, Any], row: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -117,6 +117,6 @@ def _path(folder: Path, rank: int, label: str) -> Path:
     return folder / f"rank{rank:05d}-{label}.weights"
 
 
-def mapped(path: Path, n_bytes: int) -> torch.Tensor:
+def _mapped(path: Path, n_bytes: int) -> torch.Tensor:
     """The bytes of a file, where they lie."""
     return torch.from_file(str(path), shared=True, size=n_bytes, dtype=torch.uint8)

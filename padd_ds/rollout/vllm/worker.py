@@ -4,7 +4,8 @@ Named on the server's command line as --worker-extension-cls, so that every work
 under padd_ and the name of vllm.transport. Written against vLLM 0.32.
 """
 
-from contextlib import nullcontext
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -17,8 +18,8 @@ from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from padd_ds.rollout.vllm.direct import Plan, Recorder
 from padd_ds.rollout.vllm.exchange import read_part
+from padd_ds.rollout.vllm.loading import Loading
 from padd_ds.rollout.vllm.network import go_to_meeting, join, receive
 
 logger = init_logger("vllm.padd_ds")
@@ -40,13 +41,7 @@ class ThroughLoader(WeightTransferEngine[Any, Any]):
     """Loads tensors under their checkpoint names; vLLM shards, fuses and repacks them as it does at its start."""
 
     def start_weight_update(self) -> None:
-        if self.device.type == "cpu":
-            # vLLM repacks expert weights for its CPU kernel only together with setting the kernel up: without this an
-            # update would leave them in the checkpoint's layout, which the kernel reads as other weights.
-            for module in self.model.modules():
-                method = getattr(module, "quant_method", None)
-                if isinstance(method, UnquantizedFusedMoEMethod):
-                    method.moe_kernel = None
+        self._unpack_experts()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -54,64 +49,74 @@ class ThroughLoader(WeightTransferEngine[Any, Any]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def shutdown(self) -> None:
         """Nothing to do."""
 
+    def _unpack_experts(self) -> None:
+        """vLLM repacks expert weights for its CPU kernel only together with setting the kernel up: without this an
+        update would leave them in the checkpoint's layout, which the kernel reads as other weights."""
+        if self.device.type == "cpu":
+            for module in self.model.modules():
+                method = getattr(module, "quant_method", None)
+                if isinstance(method, UnquantizedFusedMoEMethod):
+                    method.moe_kernel = None
+
 
 class MappedFiles(ThroughLoader):
-    """Loads from files, on a GPU the second time and after straight into the tensors that compute, where it can."""
+    """Loads from files, all of them at once. Those that come again and again are loaded as before, without vLLM's
+    search for where each tensor goes."""
 
     init_info_cls = Nothing
     update_info_cls = Parts
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._plan: Plan | None = None
-        self._recorder: Recorder | None = None
-        # On a CPU weights are repacked for oneDNN even where their own tensors stay as they are.
-        self._records = self.device.type == "cuda" and bool(torch.version.cuda) and not self.model_config.quantization
+        self._files: list[Any] = []
+        """Those of the update before."""
+        self._loading: Loading | None = None
+        """Of `_files`; as long as it maps them no others can have their inodes' numbers."""
+        self._notes = not self.model_config.quantization
 
     def init_transfer_engine(self, init_info: Nothing) -> None:
         """Nothing to do."""
 
     def start_weight_update(self) -> None:
-        if self._plan is None:
-            self._recorder = Recorder(self.model) if self._records else None
-            super().start_weight_update()
+        """Nothing to do before the files are known."""
 
     def receive_weights(self, update_info: Parts) -> None:
-        if self._plan is not None and not self._plan.fits(update_info.parts):  # another training's
-            self._plan = None
-            self.start_weight_update()
-        if self._plan is not None:
-            self._plan.apply(update_info.parts)
-        elif self._recorder is not None:
-            with self._recorder:
-                self.model.load_weights(self._recorder.read(update_info.parts))
-        else:
-            self.model.load_weights(chain.from_iterable(read_part(part) for part in update_info.parts))
-
-    def finish_weight_update(self) -> None:
-        if self._plan is not None:
-            # As vLLM's own reload does: attention may keep what it computes from its parameters.
+        files = [(part, _inode(part["path"])) for part in update_info.parts]
+        if files != self._files:
+            self._files, self._loading = files, None
+            self._load(_tensors(update_info.parts))
+        elif self._loading is not None:
+            self._unpack_experts()
+            self._loading.repeat()
+            # As vLLM's loader does in the end: attention may keep what it computes from its parameters.
             for module in self.model.modules():
                 if is_deferred_attention_layer(module):
                     module.process_weights_after_loading(self.model_config.dtype)
-            if self.device.type != "cpu":
-                torch.accelerator.synchronize()
-            return
-        with self._recorder or nullcontext():
-            super().finish_weight_update()
-        if self._recorder is not None:
-            others = self._recorder.not_as_in_files()
-            if others:
-                self._records = False
-                logger.info("padd_ds: weights go through vLLM's loader; not as in the files: %s", others[0])
-            else:
-                self._plan = self._recorder.plan()
-                logger.info("padd_ds: further weights go straight into the model")
-            self._recorder = None
+        elif self._notes:
+            tensors = dict(_tensors(update_info.parts))
+            loading = Loading(self.model, tensors)
+            with loading.noting():
+                self._load(tensors.items())
+            self._notes = loading.is_repeatable
+            self._loading = loading if self._notes else None
+            logger.info("padd_ds: further weights are loaded %s", "as before" if self._notes else "by a search")
+        else:
+            self._load(_tensors(update_info.parts))
+
+    def finish_weight_update(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        super().start_weight_update()
+        self.model.load_weights(tensors)
+        super().finish_weight_update()
 
 
 @dataclass
@@ -150,9 +155,16 @@ class Broadcasts(ThroughLoader):
 
     def finish_weight_update(self) -> None:
         super().finish_weight_update()
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
         self._group = None
+
+
+def _tensors(parts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+    return chain.from_iterable(read_part(part) for part in parts)
+
+
+def _inode(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 WeightTransferEngineFactory.register_engine("padd_files", MappedFiles)

@@ -1,4 +1,4 @@
-"""Weights past vLLM's loader, as on a GPU."""
+"""Updates of weights from the same files."""
 
 import os
 import subprocess
@@ -8,10 +8,10 @@ from tests.train_inputs import REPOSITORY
 from tests.vllm.conftest import PYTHON, save_student
 
 
-def test_further_weights_end_where_vllms_loader_puts_them(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("straight_into_vllm.py")
+def test_files_that_come_again_are_loaded_as_vllms_loader_does(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("loaded_again.py")
     command = [str(PYTHON), str(script), str(save_student(tmp_path / "student"))]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "STRAIGHT" in done.stdout
+    assert "AS BEFORE" in done.stdout
