@@ -71,6 +71,7 @@ def main() -> None:
 
         (path,) = {Path(part["path"]) for part in board.parts}
         path.unlink()
+        del board  # it maps the file, too
         another = WeightBoard(Path(folder), 0)
         assert update(engine, versions[0], another) == by_search[0], "another training's file of the same name"
         assert set(searched) == set(first)

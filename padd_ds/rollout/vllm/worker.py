@@ -40,6 +40,8 @@ class Parts(WeightTransferUpdateInfo):
 class ThroughLoader(WeightTransferEngine[Any, Any]):
     """Loads tensors under their checkpoint names; vLLM shards, fuses and repacks them as it does at its start."""
 
+    supports_draft_weight_update = False
+
     def start_weight_update(self) -> None:
         self._unpack_experts()
         initialize_layerwise_reload(self.model)
@@ -79,6 +81,7 @@ class MappedFiles(ThroughLoader):
         self._loading: Loading | None = None
         """Of `_files`; as long as it maps them no others can have their inodes' numbers."""
         self._notes = not self.model_config.quantization
+        self._failed = False
 
     def init_transfer_engine(self, init_info: Nothing) -> None:
         """Nothing to do."""
@@ -87,7 +90,10 @@ class MappedFiles(ThroughLoader):
         """Nothing to do before the files are known."""
 
     def receive_weights(self, update_info: Parts) -> None:
+        if self._failed:
+            raise RuntimeError("an update failed half way: the server must be started again")
         files = [(part, _inode(part["path"])) for part in update_info.parts]
+        self._failed = True
         if files != self._files:
             self._files, self._loading = files, None
             self._load(_tensors(update_info.parts))
@@ -108,6 +114,7 @@ class MappedFiles(ThroughLoader):
             logger.info("padd_ds: further weights are loaded %s", "as before" if self._notes else "by a search")
         else:
             self._load(_tensors(update_info.parts))
+        self._failed = False
 
     def finish_weight_update(self) -> None:
         if self.device.type != "cpu":
