@@ -5,9 +5,19 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 
 def tiny_student(
-    n_experts: int = 4, top_k: int = 2, seed: int = 0, vocabulary: int = 64, shared: int = 1, head_dim: int = 8
+    n_experts: int = 4,
+    top_k: int = 2,
+    seed: int = 0,
+    vocabulary: int = 64,
+    shared: int = 1,
+    head_dim: int = 8,
+    dense_layers: int = 0,
+    **attention: bool,
 ) -> Glm4MoeForCausalLM:
-    """A random student as padd-convert writes it: untied head, one shared slice, experts that add up."""
+    """A random student as padd-convert writes it: untied head, one shared slice, experts that add up.
+
+    `attention`: attention_bias, use_qk_norm.
+    """
     config = Glm4MoeConfig(
         vocab_size=vocabulary,
         hidden_size=32,
@@ -21,7 +31,7 @@ def tiny_student(
         n_shared_experts=shared,
         num_experts_per_tok=top_k,
         routed_scaling_factor=float(top_k),
-        first_k_dense_replace=0,
+        first_k_dense_replace=dense_layers,
         norm_topk_prob=True,
         max_position_embeddings=128,
         num_nextn_predict_layers=0,
@@ -30,6 +40,7 @@ def tiny_student(
         bos_token_id=2,
         rope_parameters={"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 1.0},
         partial_rotary_factor=1.0,
+        **attention,
     )
     torch.manual_seed(seed)
     model = Glm4MoeForCausalLM(config)

@@ -26,9 +26,9 @@ def vllm_options(**options: Any) -> VllmConfig:
     return VllmConfig(python=PYTHON, cache_gib=0.25, arguments=arguments, **options)
 
 
-def save_student(folder: Path) -> Path:
-    """A tiny student with heads as wide as vLLM's CPU attention wants them."""
-    tiny_student(vocabulary=len(make_tokenizer()), head_dim=32).save_pretrained(folder)
+def save_student(folder: Path, **more: Any) -> Path:
+    """A tiny student with heads as wide as vLLM's CPU attention wants them; `more` of `tiny_student`."""
+    tiny_student(vocabulary=len(make_tokenizer()), head_dim=32, **more).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

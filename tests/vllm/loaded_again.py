@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ PROMPT = [5, 9, 3, 7, 12, 30]
 LIKELIHOODS = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
 
 
+@contextmanager
+def raises(words: str) -> Iterator[None]:
+    """As pytest's, which vLLM's environment need not have."""
+    try:
+        yield
+    except Exception as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(f"no error that says {words}")
+
+
 def main() -> None:
     student = Path(sys.argv[1])
     llm = LLM(str(student), dtype="float32", enforce_eager=True, max_model_len=64, kv_cache_memory_bytes=2**26)
@@ -27,11 +39,13 @@ def main() -> None:
     searched: list[str] = []
     """Names that vLLM's loader was given in the last update."""
     load_weights = model.load_weights
+    copies: list[bool] = [False]
+    """Whether it gets copies, as of a loader that changes what it is given."""
 
     def noted(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:
             searched.append(name)
-            yield name, tensor
+            yield name, tensor.clone() if copies[-1] else tensor
 
     model.load_weights = lambda tensors: load_weights(noted(tensors))
 
@@ -57,6 +71,8 @@ def main() -> None:
     ]
     biases = {name for name in first if name.endswith("e_score_correction_bias")}
     assert biases
+    kinds = ("q_proj.bias", "q_norm.weight", "layers.0.mlp.down_proj.weight")
+    assert all(any(name.endswith(kind) for name in first) for kind in kinds)
     with tempfile.TemporaryDirectory() as folder:
         by_search = []
         for rank, version in enumerate(versions, start=1):
@@ -78,6 +94,18 @@ def main() -> None:
         in_another_order = dict(reversed(versions[1].items()))
         assert update(engine, in_another_order, WeightBoard(Path(folder), 9)) == by_search[1], "another layout"
         assert set(searched) == set(first)
+
+        copies.append(True)
+        engine, board = new_engine(), WeightBoard(Path(folder), 10)
+        for place, version in enumerate(versions):
+            assert update(engine, version, board) == by_search[place], f"update {place} of copies"
+            assert set(searched) == set(first), f"update {place} of copies"
+
+        engine, norm = new_engine(), "model.norm.weight"
+        with raises("Attempted to load weight"):
+            update(engine, first | {norm: first[norm][:-1]}, WeightBoard(Path(folder), 11))
+        with raises("failed half way"):
+            update(engine, first, WeightBoard(Path(folder), 12))
     print("AS BEFORE")
 
 

@@ -10,7 +10,9 @@ from tests.vllm.conftest import PYTHON, save_student
 
 def test_files_that_come_again_are_loaded_as_vllms_loader_does(tmp_path: Path) -> None:
     script = Path(__file__).with_name("loaded_again.py")
-    command = [str(PYTHON), str(script), str(save_student(tmp_path / "student"))]
+    # All kinds of weights that padd-convert writes.
+    student = save_student(tmp_path / "student", dense_layers=1, attention_bias=True, use_qk_norm=True)
+    command = [str(PYTHON), str(script), str(student)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

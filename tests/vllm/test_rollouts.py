@@ -14,6 +14,7 @@ from padd_ds.hf import load_causal_lm, response_logits
 from padd_ds.losses.tokens import token_logprobs
 from padd_ds.rollout.generation import Prompts, Responses, Sampling
 from padd_ds.rollout.vllm.client import Client, Request
+from padd_ds.rollout.vllm.exchange import WeightBoard
 from padd_ds.rollout.vllm.server import Server, ServerFault
 from padd_ds.stages.rollouts import RolloutServers, rollout_engine
 from tests.ranks import run_ranks
@@ -131,10 +132,10 @@ def test_a_server_is_in_step_with_every_weight(server: Server, tmp_path: Path) -
         assert stale > 1e-2 and fresh < 1e-4, what
 
 
-def spread(ranks: Ranks, model: str, url: str, folder: str, zero_stage: int) -> tuple[float, float]:
+def spread(ranks: Ranks, model: str, url: str, folder: str, zero_stage: int) -> list[float]:
     student, _, theirs = engines(ranks, model, url, folder, expert_parallel=2, zero_stage=zero_stage)
     found = []
-    for version in (100, 101):
+    for version in (100, 101, 102):  # the server's third update goes another way
         with theirs.ready(version):
             drawn = theirs.generate(ASKED, DRAWN)
         found.append(apart(student, drawn))
@@ -142,13 +143,13 @@ def spread(ranks: Ranks, model: str, url: str, folder: str, zero_stage: int) -> 
             student.layers[0].router.e_score_correction_bias.copy_(torch.tensor([5.0, 0.0, 5.0, 0.0]))
             if zero_stage == 2:
                 student.layers[0].experts.w1.mul_(1.0 + ranks.rank)
-    return found[0], found[1]
+    return found
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_weights_come_from_the_shards_of_all_ranks(server: Server, tmp_path: Path, zero_stage: int) -> None:
-    for both in run_ranks(spread, 2, server.model, server.url, str(tmp_path / "weights"), zero_stage):
-        assert max(both) < 1e-4
+    for found in run_ranks(spread, 2, server.model, server.url, str(tmp_path / "weights"), zero_stage):
+        assert max(found) < 1e-4
 
 
 def commands_that_write_to(log: Path) -> Iterator[bytes]:
@@ -169,16 +170,19 @@ def test_on_a_cpu_no_worker_polls_beside_the_engine(server: Server) -> None:
 def test_a_stale_version_is_refused(server: Server, tmp_path: Path) -> None:
     run_ranks(spread, 2, server.model, server.url, str(tmp_path / "weights"), 2)
     request = Request(token_ids=[5], n=1, seed=0, max_new_tokens=4, temperature=1.0, top_p=1.0, end_token_ids=(2,))
-    assert Client(server.url, 60).generate(request, "101")
-    with pytest.raises(ServerFault, match=r"weights \['101'\] where 100"):
-        Client(server.url, 60).generate(request, "100")
+    assert Client(server.url, 60).generate(request, "102")
+    with pytest.raises(ServerFault, match=r"weights \['102'\] where 101"):
+        Client(server.url, 60).generate(request, "101")
 
 
-def test_an_update_that_fails_half_way_is_never_used(server: Server) -> None:
-    client = Client(server.url, 60)
+def test_an_update_that_fails_half_way_is_never_used(server: Server, tmp_path: Path) -> None:
+    """The last of this server, whose weights are then in an unknown state."""
+    weights = load_causal_lm(server.model, torch.float32, trust_remote_code=False).state_dict()
+    client, board, norm = Client(server.url, 60), WeightBoard(tmp_path, 0), weights["model.norm.weight"]
+    board.write("all", {"model.layers.0.input_layernorm.weight": norm, "model.norm.weight": norm[:-1]})
     client.begin_update()
     with pytest.raises(ServerFault):
-        client.update({"parts": [{"path": "/nowhere", "bytes": 4, "tensors": [["lm_head.weight", "float32", [1], 0]]}]})
+        client.update({"parts": board.parts})
     request = Request(token_ids=[5], n=1, seed=0, max_new_tokens=4, temperature=1.0, top_p=1.0, end_token_ids=(2,))
     with pytest.raises(ServerFault):
         client.generate(request, "7")
