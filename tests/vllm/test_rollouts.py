@@ -167,6 +167,12 @@ def test_on_a_cpu_no_worker_polls_beside_the_engine(server: Server) -> None:
     assert not any(b"VLLM::Worker" in command for command in commands)
 
 
+def test_a_server_takes_many_responses_at_once(server: Server) -> None:
+    log = server.log_path.read_text()
+    assert "responses leave the engine when they are whole" in log
+    assert "'performance_mode': 'throughput'" in log and "'block_size': 32" in log
+
+
 def test_a_stale_version_is_refused(server: Server, tmp_path: Path) -> None:
     run_ranks(spread, 2, server.model, server.url, str(tmp_path / "weights"), 2)
     request = Request(token_ids=[5], n=1, seed=0, max_new_tokens=4, temperature=1.0, top_p=1.0, end_token_ids=(2,))

@@ -164,6 +164,8 @@ class Server:
         command += ["--worker-extension-cls", "padd_ds.rollout.vllm.worker.WorkerExtension"]
         # Log-probabilities of what was drawn, by the distribution that it was drawn from; settings by the caller alone.
         command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+        # As many responses at once as vLLM takes offline, not as few as a server that people wait for.
+        command += ["--performance-mode", "throughput"]
         command += ["--enable-scale-out", "--disable-log-stats", "--disable-uvicorn-access-log"]
         if self.host != LOCAL:
             command += ["--middleware", "padd_ds.rollout.vllm.serve.Ending"]
