@@ -22,10 +22,11 @@ def engine(**sampling: SamplingParams) -> Any:
     return made
 
 
-def output(request_id: str, *tokens: int, experts: bool = False, **more: Any) -> EngineCoreOutput:
-    column = np.array(tokens)[:, None]
+def output(request_id: str, *tokens: int, width: int = 1, experts: bool = False, **more: Any) -> EngineCoreOutput:
+    """`width` log-probabilities of each token."""
+    column = np.repeat(np.array(tokens)[:, None], width, axis=1)
     logprobs = LogprobsLists(column, -column / 8, np.array(tokens))
-    routes = np.repeat(column[:, None], 2, axis=1) if experts else None
+    routes = np.repeat(column[:, None, :1], 2, axis=1) if experts else None
     return EngineCoreOutput(request_id, list(tokens), new_logprobs=logprobs, routed_experts=routes, **more)
 
 
@@ -60,6 +61,22 @@ def tokens_wait_for_the_last() -> None:
     assert not made._waiting
 
 
+def a_step_may_tell_more_log_probabilities_than_another() -> None:
+    made = engine(a=at_the_end())
+    stepped(made, output("a", 1))
+    stepped(made, output("a", 2, width=6))
+    last = stepped(made, output("a", 3, finish_reason=FinishReason.STOP))
+    assert told(last) == {"a": [1, 2, 3]} and last.outputs[0].new_logprobs.logprobs.shape == (3, 1)
+
+
+def nothing_waits_for_a_request_that_was_given_up() -> None:
+    made = engine(a=at_the_end(), gone=at_the_end())
+    stepped(made, output("a", 1), output("gone", 2))
+    del made.scheduler.requests["gone"]
+    stepped(made, output("a", 3))
+    assert made._waiting.keys() == {"a"}
+
+
 def some_do_not_wait() -> None:
     made = engine(
         streamed=SamplingParams(output_kind=RequestOutputKind.DELTA), stopped=at_the_end(stop=["x"]), plain=at_the_end()
@@ -85,6 +102,8 @@ def a_new_version_takes_none_of_the_old_ones_tokens() -> None:
 
 if __name__ == "__main__":
     tokens_wait_for_the_last()
+    a_step_may_tell_more_log_probabilities_than_another()
+    nothing_waits_for_a_request_that_was_given_up()
     some_do_not_wait()
     a_new_version_takes_none_of_the_old_ones_tokens()
     print("WHOLE")

@@ -34,6 +34,9 @@ class WholeResponses(EngineCoreProc):
         """What vLLM calls with the outputs of every step."""
         for of_client in outputs.values():
             of_client.outputs = [self._with_what_waited(one) for one in of_client.outputs if not self._waits(one)]
+        if len(self._waiting) > len(self.scheduler.requests):
+            live = self.scheduler.requests.keys()  # the clients of others gave up
+            self._waiting = {request_id: parts for request_id, parts in self._waiting.items() if request_id in live}
         super()._attach_weight_version(outputs)
 
     def set_weight_version(self, weight_version: str) -> None:
@@ -52,6 +55,8 @@ class WholeResponses(EngineCoreProc):
         # Texts that end a response are looked for by the process that answers.
         if sampling is None or sampling.output_kind != RequestOutputKind.FINAL_ONLY or sampling.stop:
             return False
+        if output.routed_experts is not None:
+            output.routed_experts = output.routed_experts.copy()  # not a view of those of the step's every response
         self._waiting.setdefault(output.request_id, []).append(output)
         return True
 
@@ -65,8 +70,13 @@ def joined(parts: list[EngineCoreOutput]) -> EngineCoreOutput:
     last.new_token_ids = list(chain.from_iterable(part.new_token_ids for part in parts))
     last.prefill_stats = parts[0].prefill_stats
     if logprobs := [part.new_logprobs for part in parts if part.new_logprobs is not None]:
-        tokens, values, ranks, _ = zip(*logprobs, strict=True)
-        last.new_logprobs = LogprobsLists(np.concatenate(tokens), np.concatenate(values), np.concatenate(ranks))
+        # A row has as many as the request of that step that wants the most; nobody reads more than the narrowest has.
+        width = min(part.logprobs.shape[1] for part in logprobs)
+        last.new_logprobs = LogprobsLists(
+            np.concatenate([part.logprob_token_ids[:, :width] for part in logprobs]),
+            np.concatenate([part.logprobs[:, :width] for part in logprobs]),
+            np.concatenate([part.sampled_token_ranks for part in logprobs]),
+        )
     if experts := [part.routed_experts for part in parts if part.routed_experts is not None]:
         last.routed_experts = np.concatenate(experts)
     return last
