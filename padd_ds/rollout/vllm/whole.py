@@ -65,7 +65,8 @@ class WholeResponses(EngineCoreProc):
 
 
 def joined(parts: list[EngineCoreOutput]) -> EngineCoreOutput:
-    """The last of a request's consecutive outputs, with the tokens of all."""
+    """The last of a request's consecutive outputs, with the tokens of all: their log-probabilities, nats, [tokens, as
+    many as the request wants and the drawn one's], and their experts [tokens, layers, experts of a token]."""
     last = parts[-1]
     last.new_token_ids = list(chain.from_iterable(part.new_token_ids for part in parts))
     last.prefill_stats = parts[0].prefill_stats
