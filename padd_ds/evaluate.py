@@ -261,12 +261,19 @@ def analyse(args: argparse.Namespace, problems: list[Problem], template: PromptT
     ]
     settings = _settings(args, template, AnswerFormat(), model, problems)
     document = {"settings": settings, "versions": package_versions(), "routing": routing}
+    try:
+        text_of_result = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise UserError(
+            f"{args.model}: its routing is not finite; check its weights and those of --routing-before, "
+            "or measure with --dtype float32"
+        ) from error
     page, files = args.output.with_suffix(".html"), page_files(args.output)
     text_of_page = routing_page(document)
     with staged_directory(files, args.overwrite) as staged:
         write_routing_files(staged, routing)
     write_text_whole(page, text_of_page)
-    write_text_whole(args.output, json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text_whole(args.output, text_of_result)
     print(f"{args.model}\n{routing_summary(routing)}\nwritten to {args.output}, {page} and {files}/")
 
 

@@ -73,7 +73,7 @@ serve() {
 
 # train RUN.yaml ARGUMENTS: a rank per task.
 train() {
-    local nodes run_dir code=0 servers=${SERVER_NODES:-0}
+    local nodes config run_dir code=0 servers=${SERVER_NODES:-0}
     local logs=${PADD_LOGS:-slurm-logs/${SLURM_JOB_NAME:-NAME}-${SLURM_JOB_ID:-ID}}
     if [ "$servers" != 0 ]; then set -- "$@" rollout.engine=vllm vllm.servers="$logs/servers.txt"; fi
     local train=("$python" padd_ds/train.py --config "$@" --resume-or-start)
@@ -93,7 +93,9 @@ train() {
         exit 2
     fi
     # Checks the configuration before any rank starts.
-    run_dir=$("$python" padd_ds/train.py --config "$@" --show-config | sed -n "s/^run_dir: //p")
+    config=$("$python" padd_ds/train.py --config "$@" --show-config)
+    # The YAML alone: DeepSpeed's JSON follows it.
+    run_dir=$(sed '/^# /,$d' <<<"$config" | "$python" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run_dir"])')
     plan "$@"
     mkdir -p "$logs"
     # Left by an earlier stop: should this attempt crash, it must not look stopped.

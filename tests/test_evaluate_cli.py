@@ -211,6 +211,16 @@ def test_routing_analysis_writes_numbers_and_a_page(model, files, capsys):
     assert sorted(path.name for path in (files / "out_files").iterdir()) == ["experts.csv", "layers.csv", "plots"]
 
 
+def test_routing_of_a_model_that_is_not_finite_is_one_line_and_writes_nothing(files):
+    broken = tiny_student(vocabulary=len(VOCABULARY))
+    torch.nn.init.constant_(broken.model.layers[0].self_attn.q_proj.weight, torch.nan)
+    broken.save_pretrained(files / "broken")
+    character_tokenizer(chat=True).save_pretrained(files / "broken")
+    with pytest.raises(UserError, match=r"broken: its routing is not finite; check its weights"):
+        evaluate.main(arguments(files / "broken", files, "--routing-analysis", "--solution-field", "a"))
+    assert not list(files.glob("*out*"))
+
+
 def test_overlap_of_training_data_needs_no_model(files, capsys):
     asked = "How many of the nineteen apples are left when Tom has eaten four and Ann has eaten seven?"
     (files / "gsm8k_test.jsonl").write_text(json.dumps({"question": asked, "answer": "#### 8"}) + "\n")

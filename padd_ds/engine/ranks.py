@@ -176,7 +176,7 @@ def _adopt_slurm_variables() -> None:
         return
     if "OMPI_COMM_WORLD_RANK" in os.environ or "PMI_RANK" in os.environ:
         return
-    if "MASTER_ADDR" not in os.environ:
+    if int(os.environ["SLURM_NTASKS"]) > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("MASTER_ADDR is not set under srun; start through slurm/*.sbatch or set it to the first node")
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]

@@ -48,3 +48,25 @@ def test_a_rank_alone_needs_no_port() -> None:
         command = [sys.executable, "-c", twice]
         done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.stdout.split()[-2:] == ["1", "1"], done.stderr[-2000:]
+
+
+START = """
+from padd_ds.engine.ranks import start_ranks
+from padd_ds.errors import run_cli
+run_cli(lambda: print(start_ranks().world))
+"""
+
+
+def under_srun(tasks: int) -> subprocess.CompletedProcess[str]:
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launched}
+    environment |= {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_NTASKS": str(tasks)}
+    environment |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    command = [sys.executable, "-c", START]
+    return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_one_task_of_srun_needs_no_address_and_several_do() -> None:
+    alone, two = under_srun(1), under_srun(2)
+    assert (alone.returncode, alone.stdout.split()[-1:]) == (0, ["1"]), alone.stderr[-2000:]
+    assert two.returncode == 2 and "MASTER_ADDR is not set" in two.stderr

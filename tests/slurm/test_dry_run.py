@@ -76,6 +76,14 @@ def test_the_ranks_get_the_cores_that_the_job_asked_for(slurm: dict[str, str], c
     assert started.startswith(f"srun {option}--kill-on-bad-exit=1 ") and "train.py" in started
 
 
+def test_what_an_earlier_stop_left_is_deleted_wherever_the_run_is(slurm: dict[str, str], tmp_path: Path) -> None:
+    left = tmp_path / "run: 2" / "stopped.json"  # a name that YAML has in quotes
+    left.parent.mkdir()
+    left.touch()
+    told("slurm/joint.sbatch", f"run_dir='{left.parent}'", **slurm)
+    assert left.parent.is_dir() and not left.exists()
+
+
 def test_a_job_without_a_number_of_ranks_names_the_option(slurm: dict[str, str]) -> None:
     refused = dry_run("slurm/joint.sbatch", **slurm | {"SLURM_NTASKS": ""})
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "--ntasks-per-node" in refused.stderr
