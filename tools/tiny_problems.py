@@ -1,8 +1,9 @@
-"""Generated arithmetic problems in seven subjects and three levels, for a language model of a million parameters.
+"""Generated arithmetic problems in seven subjects and four levels, for a language model of a million parameters.
 
 A question is a short line such as `47 plus 85?`; a solution is worked digit by digit, or bare, and ends
 in `#` and the answer: `7+5=12,4+8+1=13#132` or `#132`. A learner that has seen both styles can gain by
-reinforcement, since the worked one is right more often.
+reinforcement, since the worked one is right more often. The fourth level has numbers of eight digits where the
+working has a step for each, so its worked solutions are long.
 """
 
 import hashlib
@@ -18,10 +19,11 @@ from padd_ds.files import write_text_whole
 
 ANSWER_PATTERN = r"#(-?\d+)$"
 STYLES = ("bare", "worked")
-LEVELS = (1, 2, 3)
+LEVELS = (1, 2, 3, 4)
 SPLITS = {"test": 0.25, "validation": 0.1, "train": 0.65}
 """Shares of all questions; a question's hash decides to which it belongs."""
 _DRAWS_WITHOUT_NEWS = 5000
+_EIGHT_DIGITS = (10**7, 10**8 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,8 @@ class _Sketch:
 
 
 def _addition(rng: random.Random, level: int) -> _Sketch:
-    left = rng.randint(*{1: (10, 89), 2: (10, 99), 3: (100, 999)}[level])
-    right = rng.randint(*{1: (2, 9), 2: (10, 99), 3: (10, 999)}[level])
+    left = rng.randint(*{1: (10, 89), 2: (10, 99), 3: (100, 999), 4: _EIGHT_DIGITS}[level])
+    right = rng.randint(*{1: (2, 9), 2: (10, 99), 3: (10, 999), 4: _EIGHT_DIGITS}[level])
     steps, carry = [], 0
     for a, b in _columns(left, right):
         total = a + b + carry
@@ -58,8 +60,8 @@ def _addition(rng: random.Random, level: int) -> _Sketch:
 
 
 def _subtraction(rng: random.Random, level: int) -> _Sketch:
-    left = rng.randint(*{1: (20, 99), 2: (20, 99), 3: (100, 999)}[level])
-    right = rng.randint(*{1: (2, 9), 2: (10, left), 3: (10, left)}[level])
+    left = rng.randint(*{1: (20, 99), 2: (20, 99), 3: (100, 999), 4: _EIGHT_DIGITS}[level])
+    right = rng.randint(*{1: (2, 9), 2: (10, left), 3: (10, left), 4: (10**7, left)}[level])
     steps, borrow = [], 0
     for a, b in _columns(left, right):
         lent = 10 if a - b - borrow < 0 else 0
@@ -69,8 +71,8 @@ def _subtraction(rng: random.Random, level: int) -> _Sketch:
 
 
 def _multiplication(rng: random.Random, level: int) -> _Sketch:
-    left = rng.randint(*{1: (10, 99), 2: (10, 99), 3: (100, 999)}[level])
-    right = rng.randint(*{1: (2, 5), 2: (3, 9), 3: (2, 9)}[level])
+    left = rng.randint(*{1: (10, 99), 2: (10, 99), 3: (100, 999), 4: _EIGHT_DIGITS}[level])
+    right = rng.randint(*{1: (2, 5), 2: (3, 9), 3: (2, 9), 4: (2, 9)}[level])
     steps, carry = [], 0
     for digit in reversed(_digits(left)):
         total = digit * right + carry
@@ -80,8 +82,8 @@ def _multiplication(rng: random.Random, level: int) -> _Sketch:
 
 
 def _modulo(rng: random.Random, level: int) -> _Sketch:
-    left = rng.randint(*{1: (10, 99), 2: (10, 299), 3: (100, 999)}[level])
-    right = rng.randint(*{1: (2, 5), 2: (3, 9), 3: (6, 12)}[level])
+    left = rng.randint(*{1: (10, 99), 2: (10, 299), 3: (100, 999), 4: _EIGHT_DIGITS}[level])
+    right = rng.randint(*{1: (2, 5), 2: (3, 9), 3: (6, 12), 4: (6, 12)}[level])
     steps, rest = [], 0
     for digit in _digits(left):
         partial = 10 * rest + digit
@@ -91,7 +93,7 @@ def _modulo(rng: random.Random, level: int) -> _Sketch:
 
 
 def _gcd(rng: random.Random, level: int) -> _Sketch:
-    largest_common, largest = {1: (9, 40), 2: (9, 70), 3: (12, 99)}[level]
+    largest_common, largest = {1: (9, 40), 2: (9, 70), 3: (12, 99), 4: (99, 9999)}[level]
     common = rng.randint(1, largest_common)
     left, right = (common * rng.randint(1, largest // common) for _ in range(2))
     steps, (a, b) = [], (left, right)
@@ -102,9 +104,9 @@ def _gcd(rng: random.Random, level: int) -> _Sketch:
 
 
 def _linear_equation(rng: random.Random, level: int) -> _Sketch:
-    slope = rng.randint(*{1: (2, 4), 2: (2, 7), 3: (3, 9)}[level])
-    root = rng.randint(*{1: (1, 9), 2: (2, 12), 3: (5, 19)}[level])
-    largest_shift = {1: 9, 2: 15, 3: 30}[level]
+    slope = rng.randint(*{1: (2, 4), 2: (2, 7), 3: (3, 9), 4: (3, 9)}[level])
+    root = rng.randint(*{1: (1, 9), 2: (2, 12), 3: (5, 19), 4: (100, 999)}[level])
+    largest_shift = {1: 9, 2: 15, 3: 30, 4: 999}[level]
     adds = slope * root <= largest_shift or rng.random() < 0.5
     shift = rng.randint(1, largest_shift)
     value = slope * root + (shift if adds else -shift)
@@ -114,9 +116,9 @@ def _linear_equation(rng: random.Random, level: int) -> _Sketch:
 
 
 def _quadratic_sequence(rng: random.Random, level: int) -> _Sketch:
-    bend = rng.randint(*{1: (1, 2), 2: (1, 4), 3: (2, 7)}[level])
-    slope = rng.randint(0, {1: 5, 2: 9, 3: 15}[level])
-    start = rng.randint(1, {1: 30, 2: 60, 3: 99}[level])
+    bend = rng.randint(*{1: (1, 2), 2: (1, 4), 3: (2, 7), 4: (20, 99)}[level])
+    slope = rng.randint(0, {1: 5, 2: 9, 3: 15, 4: 99}[level])
+    start = rng.randint(1, {1: 30, 2: 60, 3: 99, 4: 999}[level])
     terms = [start + slope * n + bend * n * (n - 1) // 2 for n in range(5)]
     first, second, third, last = (b - a for a, b in pairwise(terms))
     working = f"{first},{second},{third}+{bend}={last},{terms[3]}+{last}={terms[4]}"

@@ -39,7 +39,7 @@ from tools.tiny_problems import (
     write_problems,
 )
 
-LONGEST_RESPONSE = 48
+LONGEST_RESPONSE = 96
 RANK_STRIDE = 1_000_003  # keeps the problem streams of ranks and seeds apart
 IGNORED = -100
 

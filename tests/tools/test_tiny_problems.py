@@ -86,8 +86,14 @@ def test_worked_solutions_hold_step_by_step():
     assert len({problem.subject for problem in worked}) == len(SUBJECTS)
 
 
-def test_solutions_are_short():
-    assert max(len(problem.solution) for problem in take(problem_stream("train", 2, levels=LEVELS), 21000)) < 47
+@pytest.mark.parametrize(("levels", "most"), [((1, 2, 3), 46), ((4,), 79)])
+def test_solutions_are_as_long_as_learners_have_room_for(levels: tuple[int, ...], most: int):
+    assert max(len(problem.solution) for problem in take(problem_stream("train", 2, levels=levels), 21000)) <= most
+
+
+def test_worked_solutions_of_level_4_are_long():
+    lengths = [len(problem.solution) for problem in take(problem_stream("train", 2, 0.0, levels=(4,)), 7000)]
+    assert sum(lengths) / len(lengths) > 40
 
 
 def test_no_question_is_in_two_splits():
