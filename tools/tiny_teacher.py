@@ -39,7 +39,8 @@ from tools.tiny_problems import (
     write_problems,
 )
 
-LONGEST_RESPONSE = 96
+LONGEST_RESPONSES = {1: 48, 2: 48, 3: 48, 4: 96}
+"""Tokens, by level."""
 RANK_STRIDE = 1_000_003  # keeps the problem streams of ranks and seeds apart
 IGNORED = -100
 
@@ -165,7 +166,7 @@ def evaluate(
         torch.manual_seed(seed)
         for start in range(0, len(problems), batch_size):
             batch = problems[start : start + batch_size]
-            responses = _respond(model, tokenizer, [problem.question for problem in batch], samples)
+            responses = _respond(model, tokenizer, batch, samples)
             for index, problem in enumerate(batch):
                 group = responses[index * samples : (index + 1) * samples]
                 shares[problem.subject].append(_mean([float(is_right(text, problem.answer)) for text in group]))
@@ -178,8 +179,8 @@ def is_right(response: str, answer: str) -> bool:
     return found is not None and found.group(1) == answer
 
 
-def _respond(model: Any, tokenizer: PreTrainedTokenizerFast, questions: list[str], samples: int) -> list[str]:
-    prompts = tokenizer(questions, padding=True, return_tensors="pt")
+def _respond(model: Any, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], samples: int) -> list[str]:
+    prompts = tokenizer([problem.question for problem in problems], padding=True, return_tensors="pt")
     sampling = {
         "do_sample": True,
         "temperature": 1.0,
@@ -190,7 +191,7 @@ def _respond(model: Any, tokenizer: PreTrainedTokenizerFast, questions: list[str
     tokens_BT = model.generate(
         input_ids=prompts["input_ids"],
         attention_mask=prompts["attention_mask"],
-        max_new_tokens=LONGEST_RESPONSE,
+        max_new_tokens=max(LONGEST_RESPONSES[problem.level] for problem in problems),
         **(sampling if samples > 1 else {"do_sample": False}),
     )
     return tokenizer.batch_decode(tokens_BT[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)

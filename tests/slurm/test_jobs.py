@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from padd_ds.rollout.vllm.client import Client
+from tests.engine.test_ranks import START
 from tests.rollout.fake_vllm import fake_interpreter
 from tests.run.test_stop import metrics, wait_for_steps
 from tests.train_inputs import REPOSITORY, make_inputs
@@ -38,6 +39,10 @@ def submit(inputs: Path, name: str, *more: str, **variables: str) -> str:
     options = (f"run_dir={inputs}/{name}", f"deepspeed={inputs}/two.json", f"steps={STEPS}", *more)
     variables = {"CONFIG": f"{inputs}/run.yaml", "PADD_LOGS": f"{inputs}/{name}-logs", **variables}
     return run(*job, "slurm/joint.sbatch", *options, **variables)
+
+
+def test_a_bare_srun_of_one_task_is_a_rank_alone() -> None:
+    assert run("srun", "--ntasks=1", sys.executable, "-c", START).split()[-1] == "1"
 
 
 def pipeline_configs(inputs: Path) -> Path:
